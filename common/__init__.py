@@ -1,0 +1,1 @@
+"""What conversion and training both need: strict settings and streamed text."""

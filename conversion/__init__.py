@@ -1,0 +1,1 @@
+"""From a dense Qwen checkpoint to a Mixture-of-Experts one."""

@@ -1,0 +1,1 @@
+"""A small, complete run on packaged text: `python -m upcycled_moe.demo`."""

@@ -1,0 +1,35 @@
+"""Upcycled Qwen Mixture-of-Experts models; importing this package registers them with Transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from .configuration_upcycled_moe import UpcycledQwenMoeConfig
+from .losses_upcycled_moe import load_balancing_losses, router_z_losses
+from .modeling_upcycled_moe import (
+    UpcycledQwenMoeForCausalLM,
+    UpcycledQwenMoeForSequenceClassification,
+    UpcycledQwenMoeModel,
+    UpcycledQwenMoePreTrainedModel,
+)
+from .routers_upcycled_moe import ROUTERS, LinearRouter, MixtureRouter, TopKRouter
+
+
+AutoConfig.register(UpcycledQwenMoeConfig.model_type, UpcycledQwenMoeConfig, exist_ok=True)
+AutoModel.register(UpcycledQwenMoeConfig, UpcycledQwenMoeModel, exist_ok=True)
+AutoModelForCausalLM.register(UpcycledQwenMoeConfig, UpcycledQwenMoeForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    UpcycledQwenMoeConfig, UpcycledQwenMoeForSequenceClassification, exist_ok=True
+)
+
+__all__ = [
+    "ROUTERS",
+    "LinearRouter",
+    "MixtureRouter",
+    "TopKRouter",
+    "UpcycledQwenMoeConfig",
+    "UpcycledQwenMoeForCausalLM",
+    "UpcycledQwenMoeForSequenceClassification",
+    "UpcycledQwenMoeModel",
+    "UpcycledQwenMoePreTrainedModel",
+    "load_balancing_losses",
+    "router_z_losses",
+]

@@ -1,0 +1,225 @@
+"""Configuration of a Mixture-of-Experts model upcycled from a dense Qwen checkpoint."""
+
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import Qwen3Config, Qwen3MoeConfig
+
+
+if TYPE_CHECKING:
+    # Saving the configuration copies the files named in its relative imports beside the weights; this one names the
+    # modeling file, so that every checkpoint carries its code whichever class saved it.
+    from .modeling_upcycled_moe import UpcycledQwenMoeForCausalLM  # noqa: F401
+
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_upcycled_moe.UpcycledQwenMoeConfig",
+    "AutoModel": "modeling_upcycled_moe.UpcycledQwenMoeModel",
+    "AutoModelForCausalLM": "modeling_upcycled_moe.UpcycledQwenMoeForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_upcycled_moe.UpcycledQwenMoeForSequenceClassification",
+}
+
+# Tensor-parallel styles of the shared expert are those of the dense MLP.
+_SHARED_EXPERT_TP_PLAN = {
+    f"layers.*.mlp.shared_expert.{name}": Qwen3MoeConfig.base_model_tp_plan[f"layers.*.mlp.{name}"]
+    for name in ("gate_proj", "up_proj", "down_proj")
+}
+
+
+@strict
+class UpcycledQwenMoeConfig(Qwen3Config):
+    r"""Configuration of [`UpcycledQwenMoeModel`]: a dense Qwen decoder whose MLPs are mixtures of experts.
+
+    Fields not listed here are those of [`Qwen3Config`] and mean the same.
+
+    Args:
+        base_model_type (`"qwen2"` or `"qwen3"`, defaults to `"qwen2"`):
+            Model type of the dense parent, which settles the attention: `qwen2` (Qwen1.5, 2 and 2.5) has biases on
+            the query, key and value projections, `qwen3` normalises queries and keys per head.
+        attention_bias (`bool`, *optional*):
+            Biases on the attention projections. Defaults to what the parent has: `True` for `qwen2`, where nothing
+            else is possible, `False` for `qwen3`.
+        head_dim (`int`, *optional*): Defaults to `hidden_size // num_attention_heads`.
+        num_experts (`int`, defaults to 8): Routed experts in each MoE layer.
+        num_experts_per_tok (`int`, defaults to 2): Experts that each token is sent to.
+        moe_intermediate_size (`int`, *optional*): Width of a routed expert. Defaults to `intermediate_size`.
+        shared_expert_intermediate_size (`int`, defaults to 0):
+            Width of the expert that sees every token, gated by a sigmoid as in Qwen2-MoE; 0 for none.
+        decoder_sparse_step (`int`, defaults to 1): Every `decoder_sparse_step`-th layer is a MoE layer.
+        mlp_only_layers (`list[int]`, *optional*): Layers that keep a dense MLP.
+        norm_topk_prob (`bool`, defaults to `True`):
+            Scale the weights of the selected experts to sum to one. With identical experts the model then equals its
+            dense parent; stock Qwen MoE configurations default to `False`.
+        router_type (`"linear"` or `"mixture"`, defaults to `"mixture"`): How a token is scored against the experts.
+        num_routers (`int`, *optional*): Routers in a mixture. Defaults to `num_experts`.
+        num_router_keys (`int`, *optional*):
+            Keys of a mixture, a multiple of `num_experts`; an expert's score is that of the best of its keys.
+            Defaults to `max(num_routers, num_experts)`.
+        router_head_dim (`int`, *optional*):
+            Width of a router's query and of a key. Defaults to as many attention heads as each router can have:
+            `ceil(num_attention_heads * head_dim / num_routers)`.
+        router_pooling (`"sum"` or `"max"`, defaults to `"sum"`): How the routers of a mixture are pooled.
+        router_jitter_noise (`float`, defaults to 0.0):
+            In training, the router's input is multiplied by U(1 - noise, 1 + noise).
+        output_router_logits (`bool`, defaults to `False`):
+            Return the router logits, and add the router losses in evaluation mode too. In training mode the losses
+            are added whenever their coefficient is above zero.
+        router_aux_loss_coef (`float`, defaults to 0.001): Weight of the load-balancing loss.
+        router_z_loss_coef (`float`, defaults to 0.0): Weight of the router z-loss.
+
+    Raises:
+        StrictDataclassError: if a field has the wrong type or a combination of fields is impossible.
+        ValueError: if an unknown argument looks like a misspelt field; other unknown ones are kept, as everywhere
+            in Transformers.
+    """
+
+    model_type = "upcycled_qwen_moe"
+    attribute_map = {"num_local_experts": "num_experts"}
+    _auto_class = "AutoConfig"
+
+    # The styles change between Transformers releases: take those of the release that is installed.
+    base_model_tp_plan = {**Qwen3MoeConfig.base_model_tp_plan, **_SHARED_EXPERT_TP_PLAN}
+    base_model_ep_plan = dict(Qwen3MoeConfig.base_model_ep_plan)
+    base_model_pp_plan = dict(Qwen3MoeConfig.base_model_pp_plan)
+
+    base_model_type: Literal["qwen2", "qwen3"] = "qwen2"
+    attention_bias: bool | None = None
+    head_dim: int | None = None
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    shared_expert_intermediate_size: int = 0
+    decoder_sparse_step: int = 1
+    mlp_only_layers: list[int] | None = None
+    norm_topk_prob: bool = True
+    router_type: Literal["linear", "mixture"] = "mixture"
+    num_routers: int | None = None
+    num_router_keys: int | None = None
+    router_head_dim: int | None = None
+    router_pooling: Literal["sum", "max"] = "sum"
+    router_jitter_noise: float | int = 0.0
+    output_router_logits: bool = False
+    router_aux_loss_coef: float | int = 0.001
+    router_z_loss_coef: float | int = 0.0
+
+    def __post_init__(self, **kwargs):
+        names = [field.name for field in fields(self)]
+        for name in kwargs.keys() - self.attribute_map.keys():
+            if similar := get_close_matches(name, names, n=1, cutoff=0.85):
+                raise ValueError(f"{type(self).__name__} has no field {name!r}; did you mean {similar[0]!r}?")
+        if self.attention_bias is None:
+            self.attention_bias = self.base_model_type == "qwen2"
+        # Sizes that the validators below refuse must not fail here first, with a ZeroDivisionError.
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
+        if self.mlp_only_layers is None:
+            self.mlp_only_layers = []
+        if self.router_type == "mixture":
+            if self.num_routers is None:
+                self.num_routers = self.num_experts
+            if self.num_router_keys is None:
+                self.num_router_keys = max(self.num_routers, self.num_experts)
+            if self.router_head_dim is None:
+                self.router_head_dim = -(-self.num_attention_heads * self.head_dim // max(self.num_routers, 1))
+        super().__post_init__(**kwargs)
+        # A re-saved checkpoint must name all four classes, not only the one that saved it.
+        self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
+
+    def is_moe_layer(self, layer_idx: int) -> bool:
+        """Return whether decoder layer `layer_idx` (from 0) has experts, as in Qwen2-MoE and Qwen3-MoE."""
+        return layer_idx not in self.mlp_only_layers and (layer_idx + 1) % self.decoder_sparse_step == 0
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Indices of the decoder layers that have experts."""
+        return [layer_idx for layer_idx in range(self.num_hidden_layers) if self.is_moe_layer(layer_idx)]
+
+    def validate_attention(self):
+        """Part of `@strict` validation."""
+        if self.num_attention_heads < 1 or self.num_key_value_heads < 1:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} and num_key_value_heads={self.num_key_value_heads} "
+                "must be at least 1."
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}."
+            )
+        if self.base_model_type == "qwen2" and not self.attention_bias:
+            raise ValueError(
+                "attention_bias=False is impossible with base_model_type='qwen2', whose attention always has biases; "
+                "leave attention_bias out or use base_model_type='qwen3'."
+            )
+        if self.sliding_window is None and "sliding_attention" in self.layer_types:
+            raise ValueError(
+                "layer_types has 'sliding_attention' layers but there is no sliding window; set "
+                "use_sliding_window=True and sliding_window, or make every layer 'full_attention'."
+            )
+
+    def validate_experts(self):
+        """Part of `@strict` validation."""
+        if self.num_experts < 1:
+            raise ValueError(f"num_experts={self.num_experts} must be at least 1.")
+        if self.num_experts_per_tok < 1:
+            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} must be at least 1.")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} exceeds num_experts={self.num_experts}; "
+                "lower it or add experts."
+            )
+        if self.moe_intermediate_size < 1:
+            raise ValueError(f"moe_intermediate_size={self.moe_intermediate_size} must be at least 1.")
+        if self.shared_expert_intermediate_size < 0:
+            raise ValueError(
+                f"shared_expert_intermediate_size={self.shared_expert_intermediate_size} is negative; "
+                "0 means no shared expert."
+            )
+        if self.decoder_sparse_step < 1:
+            raise ValueError(
+                f"decoder_sparse_step={self.decoder_sparse_step} must be at least 1, which gives every layer experts."
+            )
+        outside = [layer_idx for layer_idx in self.mlp_only_layers if not 0 <= layer_idx < self.num_hidden_layers]
+        if outside:
+            raise ValueError(
+                f"mlp_only_layers names {outside}, but layers run from 0 to {self.num_hidden_layers - 1}."
+            )
+        if not self.moe_layers:
+            raise ValueError(
+                f"No layer has experts with decoder_sparse_step={self.decoder_sparse_step}, "
+                f"mlp_only_layers={self.mlp_only_layers} and num_hidden_layers={self.num_hidden_layers}; "
+                "lower decoder_sparse_step or shorten mlp_only_layers."
+            )
+
+    def validate_router(self):
+        """Part of `@strict` validation."""
+        mixture_fields = ("num_routers", "num_router_keys", "router_head_dim")
+        if self.router_type == "mixture":
+            for name in mixture_fields:
+                if getattr(self, name) < 1:
+                    raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+            if self.num_router_keys % self.num_experts:
+                raise ValueError(
+                    f"num_router_keys={self.num_router_keys} is not a multiple of num_experts={self.num_experts}: "
+                    "every expert owns the same number of keys."
+                )
+        else:
+            given = [name for name in mixture_fields if getattr(self, name) is not None]
+            given += ["router_pooling"] if self.router_pooling != "sum" else []
+            if given:
+                raise ValueError(
+                    f"router_type={self.router_type!r} does not use {', '.join(given)}; "
+                    "leave them out or set router_type='mixture'."
+                )
+        if not 0 <= self.router_jitter_noise < 1:
+            raise ValueError(f"router_jitter_noise={self.router_jitter_noise} is outside [0, 1).")
+        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative; 0 turns the loss off.")
+
+
+__all__ = ["AUTO_MAP", "UpcycledQwenMoeConfig"]

@@ -1,0 +1,1 @@
+"""Training upcycled models with the Trainer of Transformers."""
