@@ -125,9 +125,21 @@ class UpcycledQwenMoeConfig(Qwen3Config):
                 self.num_router_keys = max(self.num_routers, self.num_experts)
             if self.router_head_dim is None:
                 self.router_head_dim = -(-self.num_attention_heads * self.head_dim // max(self.num_routers, 1))
+        # Transformers warns of rules that no parameter matches.
+        absent = []
+        if self.base_model_type == "qwen2":
+            absent += [".q_norm", ".k_norm"]
+        if self.shared_expert_intermediate_size == 0:
+            absent += [".shared_expert."]
+        self.base_model_tp_plan = {
+            pattern: style
+            for pattern, style in type(self).base_model_tp_plan.items()
+            if not any(name in pattern for name in absent)
+        }
         super().__post_init__(**kwargs)
-        # A re-saved checkpoint must name all four classes, not only the one that saved it.
-        self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
+        # A re-saved checkpoint must name all four classes, not only the one that saved it, and in its own files, also
+        # where Transformers has put the Hub repository that it was loaded from before the names.
+        self.auto_map = {**(getattr(self, "auto_map", None) or {}), **AUTO_MAP}
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Return whether decoder layer `layer_idx` (from 0) has experts, as in Qwen2-MoE and Qwen3-MoE."""
