@@ -1,11 +1,12 @@
 """Configuration of a Mixture-of-Experts model upcycled from a dense Qwen checkpoint."""
 
+import math
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import Qwen3Config, Qwen3MoeConfig
+from transformers import PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ class UpcycledQwenMoeConfig(Qwen3Config):
     router_z_loss_coef: float | int = 0.0
 
     def __post_init__(self, **kwargs):
-        names = [field.name for field in fields(self)]
+        # Not among the fields of every Transformers model, which old checkpoints have more of (`tie_encoder_decoder`).
+        names = {field.name for field in fields(self)} - {field.name for field in fields(PreTrainedConfig)}
         for name in kwargs.keys() - self.attribute_map.keys():
             if similar := get_close_matches(name, names, n=1, cutoff=0.85):
                 raise ValueError(f"{type(self).__name__} has no field {name!r}; did you mean {similar[0]!r}?")
@@ -157,6 +159,11 @@ class UpcycledQwenMoeConfig(Qwen3Config):
                 f"num_attention_heads={self.num_attention_heads} and num_key_value_heads={self.num_key_value_heads} "
                 "must be at least 1."
             )
+        for name in ("hidden_size", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs of dimensions.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -167,6 +174,13 @@ class UpcycledQwenMoeConfig(Qwen3Config):
                 "attention_bias=False is impossible with base_model_type='qwen2', whose attention always has biases; "
                 "leave attention_bias out or use base_model_type='qwen3'."
             )
+        unknown = sorted(set(self.layer_types) - {"full_attention", "sliding_attention"})
+        if unknown:
+            raise ValueError(
+                f"layer_types has {', '.join(unknown)}; Qwen layers are 'full_attention' or 'sliding_attention'."
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window={self.sliding_window} must be at least 1.")
         if self.sliding_window is None and "sliding_attention" in self.layer_types:
             raise ValueError(
                 "layer_types has 'sliding_attention' layers but there is no sliding window; set "
@@ -184,8 +198,9 @@ class UpcycledQwenMoeConfig(Qwen3Config):
                 f"num_experts_per_tok={self.num_experts_per_tok} exceeds num_experts={self.num_experts}; "
                 "lower it or add experts."
             )
-        if self.moe_intermediate_size < 1:
-            raise ValueError(f"moe_intermediate_size={self.moe_intermediate_size} must be at least 1.")
+        for name in ("intermediate_size", "moe_intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.shared_expert_intermediate_size < 0:
             raise ValueError(
                 f"shared_expert_intermediate_size={self.shared_expert_intermediate_size} is negative; "
@@ -230,8 +245,8 @@ class UpcycledQwenMoeConfig(Qwen3Config):
         if not 0 <= self.router_jitter_noise < 1:
             raise ValueError(f"router_jitter_noise={self.router_jitter_noise} is outside [0, 1).")
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} is negative; 0 turns the loss off.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} is outside [0, inf); 0 turns the loss off.")
 
 
 __all__ = ["AUTO_MAP", "UpcycledQwenMoeConfig"]

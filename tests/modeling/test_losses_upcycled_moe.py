@@ -1,0 +1,133 @@
+import naive_reference
+import pytest
+import torch
+
+from modeling_upcycled_moe import load_balancing_losses, router_z_losses
+
+
+LEFT_PADDED = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+RIGHT_PADDED = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
+MASKS = {"no mask": None, "no padding": torch.ones(2, 6, dtype=torch.long), "left": LEFT_PADDED, "right": RIGHT_PADDED}
+
+
+def collapsed_onto(experts: list[int], num_tokens: int = 10, num_experts: int = 4) -> torch.Tensor:
+    """Return router logits [T, E] of a layer that sends every token to the same experts."""
+    logits = torch.zeros(num_tokens, num_experts)
+    logits[:, experts] = 20.0
+    return logits
+
+
+@pytest.mark.parametrize("attention_mask", MASKS.values(), ids=MASKS)
+def test_each_layer_s_losses_equal_the_formulas_gradients_included(attention_mask):
+    router_logits = tuple(torch.randn(12, 5, requires_grad=True) for _ in range(3))
+    is_token = [True] * 12 if attention_mask is None else attention_mask.flatten().bool().tolist()
+    layer_weights = torch.tensor([1.0, -2.0, 0.5])
+
+    balance = load_balancing_losses(router_logits, 2, attention_mask)
+    z = router_z_losses(router_logits, attention_mask)
+    fast = torch.autograd.grad(layer_weights @ (balance + z), router_logits)
+
+    naive_balance = torch.stack([naive_reference.balance_loss(logits, 2, is_token) for logits in router_logits])
+    naive_z = torch.stack([naive_reference.z_loss(logits, is_token) for logits in router_logits])
+    slow = torch.autograd.grad(layer_weights @ (naive_balance + naive_z), router_logits)
+
+    torch.testing.assert_close(balance, naive_balance)
+    torch.testing.assert_close(z, naive_z)
+    torch.testing.assert_close(fast, slow)
+
+
+def test_two_collapsed_layers_that_cancel_do_not_score_as_balanced():
+    """Pooled over layers, each expert gets a quarter of the tokens, and the loss is the balanced minimum of 2."""
+    losses = load_balancing_losses((collapsed_onto([0, 1]), collapsed_onto([2, 3])), num_experts_per_tok=2)
+
+    torch.testing.assert_close(losses, torch.tensor([4.0, 4.0]))
+
+
+def test_balanced_routing_scores_the_number_of_experts_per_token():
+    layer = torch.cat([collapsed_onto([0, 1]), collapsed_onto([2, 3])])
+
+    torch.testing.assert_close(load_balancing_losses((layer,), num_experts_per_tok=2), torch.tensor([2.0]))
+
+
+def test_with_a_cache_the_mask_of_past_tokens_is_left_out():
+    """The mask covers past and new tokens; the logits are those of the new ones."""
+    new_token_logits = torch.randn(2 * 2, 5)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
+
+    for losses in (
+        lambda logits, mask: load_balancing_losses((logits,), 2, mask),
+        lambda logits, mask: router_z_losses((logits,), mask),
+    ):
+        torch.testing.assert_close(losses(new_token_logits, mask), losses(new_token_logits[[0, 2, 3]], None))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_loss_of_a_model(make_moe, make_tokens, side):
+    model = make_moe(router_z_loss_coef=0.01)
+    tokens = make_tokens(1, 9)
+    padding = torch.zeros(1, 5, dtype=torch.long)
+    halves = [padding, tokens] if side == "left" else [tokens, padding]
+    padded = torch.cat(halves, dim=1)
+
+    with torch.no_grad():
+        plain = model(tokens, output_router_logits=True)
+        masked = model(padded, attention_mask=(padded != 0).long(), output_router_logits=True)
+        unmasked = model(padded, output_router_logits=True)
+
+    for name in ("aux_loss", "z_loss", "router_loss"):
+        torch.testing.assert_close(masked[name], plain[name], rtol=1e-4, atol=0)
+        assert (unmasked[name] - plain[name]).abs() > 0.01 * plain[name], "padding would not have mattered"
+
+
+def test_a_model_s_losses_are_the_means_over_its_moe_layers(make_moe, make_tokens):
+    model = make_moe(router_aux_loss_coef=0.3, router_z_loss_coef=0.2, mlp_only_layers=[1])
+    tokens, mask = make_tokens(2, 6), LEFT_PADDED
+
+    outputs = model(tokens, attention_mask=mask, output_router_logits=True)
+
+    is_token = mask.flatten().bool().tolist()
+    assert len(outputs.router_logits) == 2
+    balance = sum(naive_reference.balance_loss(logits, 2, is_token) for logits in outputs.router_logits) / 2
+    z = sum(naive_reference.z_loss(logits, is_token) for logits in outputs.router_logits) / 2
+    torch.testing.assert_close(outputs.aux_loss, balance)
+    torch.testing.assert_close(outputs.z_loss, z)
+    torch.testing.assert_close(outputs.router_loss, 0.3 * balance + 0.2 * z)
+
+
+def test_training_adds_the_router_losses_without_being_asked_for_logits(make_moe, make_tokens):
+    model = make_moe(router_aux_loss_coef=0.3, router_z_loss_coef=0.2)
+    tokens = make_tokens()
+
+    evaluated = model(tokens, labels=tokens)
+    trained = model.train()(tokens, labels=tokens)
+
+    language_modeling = naive_reference.language_modeling_loss(evaluated.logits, tokens)
+    torch.testing.assert_close(evaluated.loss, language_modeling)
+    torch.testing.assert_close(trained.loss, language_modeling + 0.3 * trained.aux_loss + 0.2 * trained.z_loss)
+    assert trained.router_logits is None
+    assert evaluated.router_loss is None
+
+
+def test_without_coefficients_training_adds_and_records_nothing(make_moe, make_tokens):
+    model = make_moe(router_aux_loss_coef=0.0).train()
+    outputs = model(make_tokens(), labels=make_tokens())
+
+    torch.testing.assert_close(outputs.loss, naive_reference.language_modeling_loss(outputs.logits, make_tokens()))
+    assert outputs.router_loss is None
+
+
+@pytest.mark.parametrize("coefficients", [{"router_z_loss_coef": 0.5}, {"router_aux_loss_coef": 0.5}], ids=str)
+def test_micro_batches_that_know_the_batch_sum_to_its_loss(make_moe, make_tokens, coefficients):
+    """A trainer passes `num_items_in_batch` and sums. The balance loss is not linear in the batch: equal halves."""
+    model = make_moe(**{"router_aux_loss_coef": 0.0, **coefficients}).train()
+    first = make_tokens(2, 10)
+    second = first if "router_aux_loss_coef" in coefficients else make_tokens(2, 10, seed=1)
+    batch = torch.cat([first, second])
+    num_items_in_batch = torch.tensor(4 * 9)
+
+    whole = model(batch, labels=batch, num_items_in_batch=num_items_in_batch)
+    parts = [model(part, labels=part, num_items_in_batch=num_items_in_batch) for part in (first, second)]
+
+    assert whole.router_loss > 0.1
+    torch.testing.assert_close(parts[0].loss + parts[1].loss, whole.loss)
+    torch.testing.assert_close(whole.loss, model(batch, labels=batch).loss)
