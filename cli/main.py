@@ -1,5 +1,103 @@
-"""Entry point of `upcycled-moe`."""
+"""Entry point of `upcycled-moe`: parses, dispatches, and turns every failure into one line and an exit status.
+
+Exit status: 0 done; 1 failed at run time; 2 wrong usage, recipe or input; 3 `verify` found a difference;
+130 interrupted; 143 terminated. Results go to stdout, progress and messages to stderr.
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import NoReturn
+
+from . import convert, plan, verify
 
 
-def main() -> None:
-    raise SystemExit("upcycled-moe: no command is available yet.")
+COMMANDS = (plan, convert, verify)
+
+EPILOG = """\
+examples:
+  upcycled-moe plan Qwen/Qwen2.5-0.5B --num-experts 8 --router linear
+  upcycled-moe convert Qwen/Qwen2.5-0.5B ./moe --num-experts 8 --num-experts-per-tok 2 --calibration-data text.parquet
+  upcycled-moe verify Qwen/Qwen2.5-0.5B ./moe
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage of forty options above them."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = _Parser(
+        prog="upcycled-moe",
+        description="Turn a dense Qwen checkpoint into a Mixture-of-Experts one.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for command in COMMANDS:
+        subparser = command.add_parser(commands)
+        subparser.allow_abbrev = False
+        subparser.set_defaults(run=command.run, parser=subparser)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    parser = build_parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if options.version:
+        from importlib.metadata import version
+
+        print(f"upcycled-moe {version('upcycled-moe')}")
+        return 0
+    if options.command is None:
+        parser.print_help()
+        return 0
+    if unknown:
+        _refuse(options.parser, unknown[0])
+    signal.signal(signal.SIGTERM, _terminate)
+    return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from ..common.settings import SettingsError
+
+    try:
+        return options.run(options)
+    except SettingsError as error:
+        return _fail(error, 2)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{reason}", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written.", 130)
+
+
+def _terminate(signal_number: int, frame: object) -> None:
+    raise SystemExit(128 + signal_number)
+
+
+def _fail(message: object, status: int) -> int:
+    print(f"upcycled-moe: error: {' '.join(str(message).split())}", file=sys.stderr)
+    return status
+
+
+def _refuse(parser: argparse.ArgumentParser, argument: str) -> NoReturn:
+    """Exit with status 2 for an argument that `parser` does not know."""
+    name = argument.partition("=")[0]
+    similar = get_close_matches(name, [option for action in parser._actions for option in action.option_strings], n=1)
+    hint = f"; did you mean {similar[0]}?" if similar else f"; see `{parser.prog} --help`."
+    parser.error(f"unknown argument {name}{hint}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""What a person sees: progress bars and warnings on stderr, tables on stdout."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+
+class ConsoleProgress:
+    """Progress of a conversion on stderr; bars only on a terminal."""
+
+    def __init__(self) -> None:
+        self.console = Console(file=sys.stderr, highlight=False)
+
+    @contextmanager
+    def task(self, description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """Show a bar for `total` bytes or layers; see `upcycled_moe.conversion.convert.Progress`."""
+        columns = [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            *columns,
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        ) as progress:
+            bar = progress.add_task(description, total=total)
+            yield lambda advance: progress.advance(bar, advance)
+
+    def warn(self, message: str) -> None:
+        """Print a warning."""
+        self.console.print(f"warning: {message}", style="yellow", soft_wrap=True, markup=False)
+
+
+def quiet_libraries() -> None:
+    """Keep the progress bars and notices of the libraries underneath off stderr; ours say what they say."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def stdout_console() -> Console:
+    """Return the console for results; wide enough for its tables when it is not a terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=120)

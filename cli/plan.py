@@ -1,0 +1,110 @@
+"""`upcycled-moe plan`: what a conversion would write, before it writes anything."""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .recipe_options import add_recipe_options, recipe_from
+
+
+if TYPE_CHECKING:
+    from ..conversion.plan import ConversionPlan
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the command to `commands`."""
+    parser = commands.add_parser(
+        "plan",
+        usage="%(prog)s DENSE [OUT] [options]",
+        help="show what a conversion would write",
+        description="Show every tensor, file and byte that a conversion would write, and write nothing.",
+    )
+    parser.add_argument("dense", metavar="DENSE", help="dense Qwen checkpoint: folder or Hub id")
+    parser.add_argument("out", metavar="OUT", nargs="?", default=".", help="folder to check the free disk of")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub model")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_recipe_options(parser)
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command."""
+    recipe = recipe_from(options)
+
+    from ..conversion.plan import build_plan
+    from ..conversion.source import open_source
+    from .console import quiet_libraries
+
+    quiet_libraries()
+    print_plan(build_plan(open_source(options.dense, options.revision), recipe), Path(options.out), options.json)
+    return 0
+
+
+def print_plan(plan: "ConversionPlan", out: Path, as_json: bool) -> None:
+    """Print `plan` to stdout, for a person or as JSON."""
+    if as_json:
+        print(json.dumps(plan.to_dict(out), indent=2))
+        return
+
+    from rich.table import Table
+
+    from ..conversion.numbers import format_bytes, format_count
+    from ..conversion.plan import free_disk_bytes, router_plans
+    from .console import stdout_console
+
+    console = stdout_console()
+    summary = Table(show_header=False, box=None, pad_edge=False)
+    config = plan.config
+    for name, value in {
+        "Source": f"{plan.source.name} ({config.base_model_type}, {config.num_hidden_layers} layers)",
+        "Experts": f"{config.num_experts} a layer, {config.num_experts_per_tok} active, by {plan.recipe.experts}",
+        "Equals the dense model": "yes" if plan.preserves_function else "no",
+        "Parameters": f"{format_count(plan.total_parameters)} total, {format_count(plan.active_parameters)} active",
+        "FLOPs per token": f"{format_count(plan.flops_per_token)} forward, attention scores not counted",
+        "Size": f"{format_bytes(plan.num_bytes)} in {len(plan.shards)} file{'s' * (len(plan.shards) > 1)}",
+        "Peak memory": f"about {format_bytes(plan.peak_memory_bytes)}",
+        "Free disk": format_bytes(free_disk_bytes(out)),
+    }.items():
+        summary.add_row(f"[bold]{name}[/]", value)
+    console.print(summary)
+
+    routers = Table(title="Routers", title_justify="left")
+    for column in ("Layers", "Type", "Starts from", "Parameters", "Folds into linear"):
+        routers.add_column(column)
+    for layers, router in _runs({router.layer: router for router in router_plans(plan)}):
+        folds = "yes" if router.folds else "no"
+        routers.add_row(layers, router.router, router.initialization, format_count(router.parameters), folds)
+    console.print(routers)
+
+    tensors = Table(title="Tensors (N: layer)", title_justify="left")
+    for column in ("Name", "Type", "Shape", "Count"):
+        tensors.add_column(column, justify="right" if column == "Count" else "left")
+    counts: dict[tuple[str, str, str], int] = {}
+    for tensor in plan.tensors:
+        name = re.sub(r"layers\.\d+\.", "layers.N.", tensor.name)
+        key = (name, tensor.dtype, " × ".join(map(str, tensor.shape)))
+        counts[key] = counts.get(key, 0) + 1
+    for key, count in counts.items():
+        tensors.add_row(*key, str(count))
+    console.print(tensors)
+
+    shards = Table(title="Files", title_justify="left")
+    for column in ("Name", "Tensors", "Size"):
+        shards.add_column(column, justify="left" if column == "Name" else "right")
+    for shard in plan.shards:
+        shards.add_row(shard.file_name, str(len(shard.tensors)), format_bytes(shard.num_bytes))
+    console.print(shards)
+
+
+def _runs(rows: dict) -> list[tuple[str, object]]:
+    """Join neighbouring layers with equal rows: `0-23` instead of 24 lines."""
+    runs: list[list] = []
+    for layer, row in rows.items():
+        same = runs and runs[-1][1] == layer - 1 and vars(runs[-1][2]) | {"layer": 0} == vars(row) | {"layer": 0}
+        if same:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer, row])
+    return [(str(first) if first == last else f"{first}-{last}", row) for first, last, row in runs]

@@ -1,0 +1,80 @@
+"""The model card of a fresh checkpoint, filled with its own figures."""
+
+import math
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from .numbers import format_bytes, format_count
+from .plan import ConversionPlan, router_plans
+from .report import RouterReport
+from .writer import write_text
+
+
+CARD_FILE = "README.md"
+
+
+def write_card(folder: Path, plan: ConversionPlan, reports: list[RouterReport] | None) -> None:
+    """Write the model card into `folder`."""
+    write_text(folder / CARD_FILE, render_card(plan, reports))
+
+
+def render_card(plan: ConversionPlan, reports: list[RouterReport] | None) -> str:
+    """Return the model card of a conversion by `plan`, with what its fresh routers do."""
+    source, recipe, config = plan.source, plan.recipe, plan.config
+    is_hub_id = _is_hub_id(source.name) and not Path(source.name).exists()
+    parent = source.name if is_hub_id else Path(source.name).resolve().name
+    title = f"{parent.split('/')[-1]}-{config.num_experts}x-MoE"
+    card_data = ModelCardData(
+        base_model=parent if is_hub_id else None,
+        license=_parent_license(source.folder),
+        library_name="transformers",
+        pipeline_tag="text-generation" if config.architectures[0].endswith("CausalLM") else "text-classification",
+        tags=["moe", "mixture-of-experts", "upcycling", "custom_code", "arxiv:2509.00679"],
+    )
+    values: dict[str, Any] = {
+        "title": title,
+        "model_id": title,
+        "source_name": parent,
+        "base_model_is_hub_id": is_hub_id,
+        "preserves_function": plan.preserves_function,
+        "total_parameters": format_count(plan.total_parameters),
+        "active_parameters": format_count(plan.active_parameters),
+        "num_layers": config.num_hidden_layers,
+        "num_moe_layers": len(config.moe_layers),
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "experts": recipe.experts,
+        "router": f"{recipe.router}: {router_plans(plan)[0].initialization}",
+        "dtype": ", ".join(sorted({tensor.dtype for tensor in plan.tensors})),
+        "size": format_bytes(plan.num_bytes),
+        "routers": reports,
+        "calibration_tokens": f"{recipe.calibration_tokens:,}",
+        "calibration_data": ", ".join(f"`{Path(name).name}`" for name in recipe.calibration_data),
+        "uniform_entropy": f"{math.log(config.num_experts):.3f}",
+        "balanced_load": f"{1 / config.num_experts:.3f}",
+    }
+    template = files("upcycled_moe.model_cards").joinpath("template.md").read_text(encoding="utf-8")
+    return str(ModelCard.from_template(card_data, template_str=template, **values))
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
+def _parent_license(folder: Path) -> str | None:
+    """Return the licence that the parent's own card declares, if it came along."""
+    card = folder / CARD_FILE
+    if not card.is_file():
+        return None
+    declared = re.search(r"^license:\s*(\S+)\s*$", card.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return declared.group(1) if declared else None

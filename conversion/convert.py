@@ -1,0 +1,235 @@
+"""The conversion: a dense Qwen checkpoint goes in, a Mixture-of-Experts checkpoint comes out."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling_upcycled_moe import ROUTERS
+
+from ..common.routing import router_metrics
+from .calibration import LayerActivations, best_device, calibrate, calibration_blocks
+from .card import write_card
+from .plan import ConversionPlan, build_plan, router_shapes
+from .recipe import ConversionRecipe
+from .report import RouterReport, report_router
+from .routers import (
+    HeadSplit,
+    coinciding_keys,
+    expert_keys,
+    head_split,
+    query_rows,
+    random_router,
+    tensor_generator,
+)
+from .source import COMPANION_FILES, COMPANION_FOLDERS, DenseSource
+from .writer import Content, check_output, staged, write_text, write_weights
+
+
+PROVENANCE_FILE = "upcycling.json"
+PROVENANCE_FORMAT = 1
+PACKAGES = ("upcycled-moe", "torch", "transformers", "safetensors", "datasets")
+
+
+class Progress:
+    """What a conversion tells while it runs; this one keeps silent."""
+
+    @contextmanager
+    def task(self, description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """Give a function to call with each advance towards `total`; `unit` is `bytes` or `layers`."""
+        yield lambda advance: None
+
+    def warn(self, message: str) -> None:
+        """Tell of something that someone should act on."""
+
+
+@dataclass(frozen=True)
+class ConversionResult:
+    """What was written, and what the fresh routers do (None without calibration text)."""
+
+    folder: Path
+    plan: ConversionPlan
+    routers: list[RouterReport] | None
+
+
+def convert(
+    source: DenseSource,
+    recipe: ConversionRecipe,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ConversionResult:
+    """Convert `source` by `recipe` into the folder `out`, all or nothing.
+
+    The same source, recipe and seed give the same bytes, whatever the shard size.
+
+    Raises:
+        SettingsError: if recipe, source and output do not fit; nothing is written then.
+        OSError: if writing fails; nothing is left then.
+    """
+    out, progress = Path(out), progress or Progress()
+    plan = build_plan(source, recipe)
+    check_output(plan, out, overwrite)
+    if not source.has_tokenizer:
+        progress.warn(f"{source.name} has no tokenizer, so the result has none; put its files beside the weights.")
+    contents, reports = initial_routers(plan, progress)
+    with staged(out) as folder, ThreadPoolExecutor(max_workers=1) as background:
+        # Hashing reads what copying has just brought into memory, on another core.
+        hashes = background.submit(_hash_files, source.weight_files)
+        with progress.task("Writing", plan.num_bytes, "bytes") as advance:
+            write_weights(plan, contents, folder, advance)
+        _copy_companions(source, folder)
+        provenance = _provenance(plan, reports, hashes.result())
+        write_text(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
+        write_card(folder, plan, reports)
+        # Last: without its configuration nothing loads. It brings the code of the model along.
+        plan.config.save_pretrained(folder)
+    return ConversionResult(out, plan, reports)
+
+
+def initial_routers(plan: ConversionPlan, progress: Progress) -> tuple[dict[str, Content], list[RouterReport] | None]:
+    """Return the content of every router tensor by name, and what the routers do on the calibration text, if any."""
+    recipe, layers = plan.recipe, plan.config.moe_layers
+    if not recipe.calibration_data:
+        contents: dict[str, Content] = {}
+        for layer_idx in layers:
+            contents |= _named(layer_idx, _random_router(plan, layer_idx))
+        return contents, None
+    blocks = calibration_blocks(plan.source, recipe)
+    split = head_split(plan.source, recipe) if recipe.router == "mixture" else None
+    contents, reports = {}, []
+    with progress.task("Calibrating", max(layers) + 1, "layers") as advance:
+        activations = calibrate(
+            plan.source,
+            blocks,
+            layers,
+            attended=split is not None and split.key_statistic == "attended",
+            batch_size=recipe.calibration_batch_size,
+            device=best_device(),
+            on_layer=lambda: advance(1),
+        )
+        for layer in activations:
+            router = _random_router(plan, layer.layer) if split is None else _mixture_router(plan, split, layer)
+            tensors, report = _scaled_and_measured(plan, layer, router)
+            contents |= _named(layer.layer, tensors)
+            reports.append(report)
+    _warn_of_degenerate_routers(plan, reports, progress)
+    return contents, reports
+
+
+def _named(layer_idx: int, tensors: dict[str, Content]) -> dict[str, Content]:
+    return {f"model.layers.{layer_idx}.mlp.gate.{name}": content for name, content in tensors.items()}
+
+
+def _random_router(plan: ConversionPlan, layer_idx: int) -> dict[str, Content]:
+    contents = {}
+    for name, shape in router_shapes(plan.config).items():
+        generator = tensor_generator(plan.recipe.seed, f"model.layers.{layer_idx}.mlp.gate.{name}")
+        contents[name] = random_router(shape, plan.config.initializer_range, generator)
+    return contents
+
+
+def _mixture_router(plan: ConversionPlan, split: HeadSplit, layer: LayerActivations) -> dict[str, Content]:
+    q_proj = plan.source.layer(layer.layer)["self_attn.q_proj.weight"]
+    head_keys = layer.mean_keys if split.key_statistic == "mean" else layer.attended_keys
+    return {"query_weight": query_rows(q_proj, split), "keys": expert_keys(head_keys, split)}
+
+
+@torch.no_grad()
+def _scaled_and_measured(
+    plan: ConversionPlan, layer: LayerActivations, contents: dict[str, Content]
+) -> tuple[dict[str, Content], RouterReport]:
+    """Return the router with its logits scaled as the recipe asks, and what it does on the text that `layer` saw."""
+    config, target = plan.config, plan.recipe.router_logit_std
+    router = ROUTERS[config.router_type](config).eval()
+    for name, parameter in router.named_parameters():
+        content = contents[name]
+        value = content if isinstance(content, torch.Tensor) else content.load()
+        parameter.data.copy_(value.reshape(parameter.shape))
+    router.to(layer.ffn_inputs[0].device)
+    scores = torch.cat([router.score(tokens.float()) for tokens in layer.ffn_inputs])  # [T, E]
+    measured = router_metrics(scores, config.num_experts_per_tok)["logit_std"]
+    if target is not None and measured > 0:
+        # Scores are linear in these tensors, whatever the pooling.
+        scaled = "keys" if config.router_type == "mixture" else "weight"
+        contents = contents | {scaled: contents[scaled] * (target / measured)}
+        scores = scores * (target / measured)
+    keys = contents.get("keys")
+    report = report_router(
+        layer.layer,
+        scores,
+        config.num_experts_per_tok,
+        unscaled_logit_std=measured,
+        coinciding_keys=None if keys is None else coinciding_keys(keys),
+    )
+    return contents, report
+
+
+def _warn_of_degenerate_routers(plan: ConversionPlan, reports: list[RouterReport], progress: Progress) -> None:
+    coinciding = [report for report in reports if report.coinciding_keys]
+    if coinciding:
+        reason = (
+            "heads that share a key-value head have the same mean key; use key_statistic='attended'"
+            if plan.recipe.key_statistic == "mean"
+            else "fewer routers or other heads_per_router may make them differ"
+        )
+        progress.warn(
+            f"Keys coincide in {len(coinciding)} of {len(reports)} layers (layer {coinciding[0].layer}: "
+            f"{coinciding[0].coinciding_keys} of {plan.config.num_router_keys}), so their experts compete for the same "
+            f"tokens: {reason}."
+        )
+    dead = [report for report in reports if report.dead_experts]
+    if dead:
+        progress.warn(
+            f"Experts get no token in {len(dead)} of {len(reports)} layers (most: "
+            f"{max(report.dead_experts for report in dead)} of {plan.config.num_experts}); training may wake them, "
+            "a larger router_aux_loss_coef helps."
+        )
+
+
+def _copy_companions(source: DenseSource, folder: Path) -> None:
+    for name in COMPANION_FILES:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+    for name in COMPANION_FOLDERS:
+        if (source.folder / name).is_dir():
+            shutil.copytree(source.folder / name, folder / name)
+
+
+def _hash_files(paths: list[Path]) -> dict[str, str]:
+    """Return the SHA-256 of each file by its name."""
+    hashes = {}
+    for path in paths:
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def _provenance(plan: ConversionPlan, reports: list[RouterReport] | None, hashes: dict[str, str]) -> dict[str, Any]:
+    """Return where the checkpoint comes from. No time and no machine: the same conversion gives the same bytes."""
+    source = plan.source
+    return {
+        "format": PROVENANCE_FORMAT,
+        "source": {
+            "name": source.name,
+            "revision": source.revision,
+            "model_type": source.config.model_type,
+            "sha256": hashes,
+        },
+        "recipe": plan.recipe.to_dict(),
+        "total_parameters": plan.total_parameters,
+        "active_parameters": plan.active_parameters,
+        "routers": None if reports is None else [report.to_dict() for report in reports],
+        "versions": {"python": platform.python_version()}
+        | {package: importlib.metadata.version(package) for package in PACKAGES},
+    }
