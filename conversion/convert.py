@@ -185,8 +185,8 @@ def _warn_of_degenerate_routers(plan: ConversionPlan, reports: list[RouterReport
         )
         progress.warn(
             f"Keys coincide in {len(coinciding)} of {len(reports)} layers (layer {coinciding[0].layer}: "
-            f"{coinciding[0].coinciding_keys} of {plan.config.num_router_keys}), so their experts compete for the same "
-            f"tokens: {reason}."
+            f"{coinciding[0].coinciding_keys} of {plan.config.num_router_keys}), so their experts compete for the "
+            f"same tokens: {reason}."
         )
     dead = [report for report in reports if report.dead_experts]
     if dead:
