@@ -1,0 +1,106 @@
+"""What a router does with its tokens, in figures.
+
+Dimensions: L MoE layers, T tokens, E experts, K experts per token.
+
+With the routing probabilities `p_te = softmax(router_logits_t)_e` and the load `f_e`, the share of all selections that
+went to expert e (`Σ_e f_e = 1`):
+
+* `load`: `f` [E]; balanced routing gives `1 / E` everywhere.
+* `entropy`: mean over tokens of `-Σ_e p_te ln p_te`, in nats: 0 if every token is sure, `ln E` if none prefers any.
+* `load_entropy`: `-Σ_e f_e ln f_e`, in nats: `ln E` when balanced.
+* `max_violation`: `max_e f_e / mean_e f_e - 1 = E max_e f_e - 1`: 0 when balanced.
+* `dead_experts`: number of experts that no token selected.
+* `logit_std`: `sqrt(mean over tokens of the variance of the logits over experts)`. A shift of all logits of a token
+  changes no routing, so only the spread within a token counts.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+
+class RouterStatistics:
+    """Sums over tokens, for several layers, from which the figures above follow.
+
+    Sums stay on the device of the logits and nothing is read back before `metrics`, so that updating does not stop an
+    accelerator. Sums of several processes add up: `flatten` gives them as one vector to reduce, `unflatten` takes it.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, device: torch.device | str = "cpu"):
+        # Float32 loses counts above 2^24; MPS has nothing better.
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        self.selected = torch.zeros(num_layers, num_experts, dtype=dtype, device=device)  # [L, E]
+        self.entropy = torch.zeros(num_layers, dtype=dtype, device=device)  # [L]
+        self.variance = torch.zeros(num_layers, dtype=dtype, device=device)  # [L]
+        self.num_tokens = torch.zeros(num_layers, dtype=dtype, device=device)  # [L]
+
+    @torch.no_grad()
+    def update(
+        self, router_logits: Sequence[torch.Tensor], num_experts_per_tok: int, weights: torch.Tensor | None = None
+    ) -> None:
+        """Add the tokens of one batch.
+
+        Args:
+            router_logits: One [T, E] tensor a layer.
+            num_experts_per_tok: Experts that each token is sent to, those of the highest probabilities.
+            weights: 1 for tokens that count and 0 for padding [T]; all count by default.
+        """
+        for layer, logits in enumerate(router_logits):
+            device, dtype = self.selected.device, self.selected.dtype
+            if weights is None:
+                counted = torch.ones(logits.shape[0], dtype=dtype, device=logits.device)
+            else:
+                counted = weights.to(logits.device, dtype)
+            log_probabilities = F.log_softmax(logits.float(), dim=-1)
+            probabilities = log_probabilities.exp()
+            chosen = torch.topk(F.softmax(logits.float(), dim=-1), num_experts_per_tok, dim=-1).indices  # [T, K]
+            selected = torch.zeros_like(logits, dtype=dtype).scatter_(-1, chosen, 1.0)  # [T, E]
+            entropy = -(probabilities * log_probabilities).sum(dim=-1)  # [T]
+            variance = logits.float().var(dim=-1, correction=0)  # [T]
+            self.selected[layer] += (counted @ selected).to(device)
+            self.entropy[layer] += (counted @ entropy.to(dtype)).to(device)
+            self.variance[layer] += (counted @ variance.to(dtype)).to(device)
+            self.num_tokens[layer] += counted.sum().to(device)
+
+    def flatten(self) -> torch.Tensor:
+        """Return all sums as one vector."""
+        return torch.cat([self.selected.flatten(), self.entropy, self.variance, self.num_tokens])
+
+    def unflatten(self, sums: torch.Tensor) -> "RouterStatistics":
+        """Return the statistics with these sums, e.g. those of several processes added up."""
+        num_layers, num_experts = self.selected.shape
+        statistics = RouterStatistics(num_layers, num_experts, sums.device)
+        parts = sums.split([num_layers * num_experts, num_layers, num_layers, num_layers])
+        statistics.selected = parts[0].view(num_layers, num_experts)
+        statistics.entropy, statistics.variance, statistics.num_tokens = parts[1:]
+        return statistics
+
+    def metrics(self) -> list[dict[str, float | list[float]]]:
+        """Return the figures of each layer; zeros for a layer that saw no token."""
+        sums = (self.selected.cpu(), self.entropy.tolist(), self.variance.tolist(), self.num_tokens.tolist())
+        return [_metrics_of(*layer) for layer in zip(*sums, strict=True)]
+
+
+def _metrics_of(
+    selected: torch.Tensor, entropy: float, variance: float, num_tokens: float
+) -> dict[str, float | list[float]]:
+    num_tokens = max(num_tokens, 1.0)
+    load = selected / selected.sum().clamp(min=1.0)  # [E]
+    return {
+        "load": load.tolist(),
+        "entropy": entropy / num_tokens,
+        "load_entropy": torch.special.entr(load).sum().item(),
+        "max_violation": len(load) * load.max().item() - 1,
+        "dead_experts": int((selected == 0).sum()),
+        "logit_std": (variance / num_tokens) ** 0.5,
+    }
+
+
+def router_metrics(
+    router_logits: torch.Tensor, num_experts_per_tok: int, weights: torch.Tensor | None = None
+) -> dict[str, float | list[float]]:
+    """Return the figures of one router for one batch of logits [T, E]; `weights` [T] is 0 for padding."""
+    statistics = RouterStatistics(1, router_logits.shape[-1], router_logits.device)
+    statistics.update([router_logits], num_experts_per_tok, weights)
+    return statistics.metrics()[0]

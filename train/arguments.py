@@ -1,0 +1,267 @@
+"""Settings of a training run: defaults, a YAML file, and the command line, each overriding the one before.
+
+Torch is imported only once settings are built, so that `--help` answers at once.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_type_hints
+
+from ..common.settings import SettingsError, check_keys, load_yaml, parse_override
+
+
+if TYPE_CHECKING:
+    from .training_arguments import UpcyclingTrainingArguments
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained, and what of its configuration changes."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata=_help("Folder or Hub id of the checkpoint to start from: MoE or dense.")
+    )
+    model_revision: str | None = field(default=None, metadata=_help("Branch, tag or commit on the Hub."))
+    tokenizer_name: str | None = field(
+        default=None, metadata=_help("Folder or Hub id of the tokenizer, if not the model's.")
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="float32", metadata=_help("Type of the weights; for mixed precision leave float32 and set bf16=true.")
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata=_help("sdpa, flash_attention_2, flex_attention, eager, ...")
+    )
+    experts_implementation: str | None = field(default=None, metadata=_help("grouped_mm, batched_mm, eager, ..."))
+    router_aux_loss_coef: float | None = field(
+        default=None, metadata=_help("Weight of the load-balancing loss, if not the model's.")
+    )
+    router_z_loss_coef: float | None = field(
+        default=None, metadata=_help("Weight of the router z-loss, if not the model's.")
+    )
+    router_jitter_noise: float | None = field(
+        default=None, metadata=_help("Noise on the router's input, if not the model's.")
+    )
+
+
+@dataclass
+class DataArguments:
+    """Text to train on and to measure."""
+
+    train_data: list[str] = field(
+        default_factory=list, metadata=_help("Files (parquet, jsonl, txt), folders, globs, Hub datasets.")
+    )
+    eval_data: list[str] = field(default_factory=list, metadata=_help("The same, for the perplexity of each domain."))
+    train_split: str = field(default="train", metadata=_help("Split of a Hub dataset or of a folder's files."))
+    eval_split: str = field(default="validation", metadata=_help("The same, for eval_data."))
+    text_column: str = field(default="text", metadata=_help("Column that holds the text."))
+    block_size: int = field(default=4096, metadata=_help("Tokens in a training sequence; documents are packed."))
+    max_eval_blocks: int | None = field(default=64, metadata=_help("Blocks of each domain to evaluate; null for all."))
+
+
+@dataclass
+class RecipeArguments:
+    """What this recipe adds to Transformers' TrainingArguments, or sets otherwise than they do."""
+
+    output_dir: str | None = field(default=None, metadata=_help("Folder for checkpoints, logs and the final model."))
+    max_steps: int = field(
+        default=-1, metadata=_help("Optimizer steps; required, as streamed text has no known length.")
+    )
+    tokens_per_step: int | None = field(
+        default=None, metadata=_help("Tokens in the global batch; sets gradient_accumulation_steps.")
+    )
+    expected_processes: int | None = field(
+        default=None, metadata=_help("Fail if another number of processes was started.")
+    )
+    learning_rate: float = field(default=2e-4, metadata=_help("Peak learning rate."))
+    lr_scheduler_type: str = field(
+        default="constant_with_warmup", metadata=_help("With the steps below, or any of Transformers'.")
+    )
+    warmup_steps: float = field(default=0.01, metadata=_help("Steps of linear warm-up; below 1 a share of max_steps."))
+    lr_decay_points: list[float] = field(
+        default_factory=lambda: [0.8, 0.9],
+        metadata=_help("Shares of max_steps at which the learning rate steps down."),
+    )
+    lr_decay_factor: float = field(default=0.316, metadata=_help("What it is multiplied by at each of them."))
+    adam_beta1: float = field(default=0.9, metadata=_help("AdamW's beta1."))
+    adam_beta2: float = field(default=0.95, metadata=_help("AdamW's beta2."))
+    weight_decay: float = field(default=0.1, metadata=_help("Weight decay, on all weights but biases and norms."))
+    max_grad_norm: float = field(default=1.0, metadata=_help("Clipping of the gradient's norm."))
+    per_device_train_batch_size: int = field(default=1, metadata=_help("Blocks in a process's micro-batch."))
+    per_device_eval_batch_size: int = field(default=1, metadata=_help("The same, in evaluation."))
+    logging_steps: float = field(default=10, metadata=_help("Steps from one log to the next."))
+    report_to: str | list[str] | None = field(
+        default="tensorboard", metadata=_help("tensorboard, wandb, ... or none.")
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata=_help("Every parameter takes part in every step.")
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata=_help(
+            "A checkpoint folder; last: the newest in output_dir; auto: the same, or a fresh start without one."
+        ),
+    )
+
+
+class Arguments(NamedTuple):
+    """All settings of a run, and as a mapping those that were given."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: "UpcyclingTrainingArguments"
+    given: dict[str, Any]
+
+
+GROUPS = (ModelArguments, DataArguments, RecipeArguments)
+
+USAGE = """\
+usage: accelerate launch train/train.py --config FILE.yaml [key=value | --key value | --key=value | --flag]...
+
+Trains a MoE or dense checkpoint on streamed text. What is given later wins: defaults, --config, command line.
+"""
+
+
+def format_help() -> str:
+    """Return the text of `--help`."""
+    lines = [USAGE]
+    for group in GROUPS:
+        lines.append(group.__doc__)
+        for setting in fields(group):
+            default = setting.default_factory() if setting.default is MISSING else setting.default
+            shown = "" if default in (None, []) else f" [{default}]"
+            lines.append(f"  {setting.name:<28} {setting.metadata['help']}{shown}")
+        lines.append("")
+    lines.append("Every other field of transformers.TrainingArguments is a setting too, such as bf16 or save_steps.")
+    return "\n".join(lines)
+
+
+_OVERRIDE = re.compile(r"[A-Za-z_]\w*=")
+
+
+def parse_command_line(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Return the files given by `--config`, and the settings given by `key=value` and by flags.
+
+    A flag takes all values up to the next flag or `key=value`, so that a shell may expand a glob; without any it is
+    true.
+
+    Raises:
+        SettingsError: if an argument is none of these, or is given twice.
+    """
+    configs: list[str] = []
+    settings: dict[str, Any] = {}
+    remaining = list(argv)
+    while remaining:
+        argument = remaining.pop(0)
+        if not argument.startswith("--"):
+            key, value = parse_override(argument)
+        elif "=" in argument:
+            name, _, text = argument[2:].partition("=")
+            key, value = parse_override(f"{name.replace('-', '_')}={text}")
+        else:
+            key, values = argument[2:].replace("-", "_"), []
+            while remaining and not remaining[0].startswith("--") and not _OVERRIDE.match(remaining[0]):
+                values.append(parse_override(f"value={remaining.pop(0)}")[1])
+            value = True if not values else values[0] if len(values) == 1 else values
+        if key == "config":
+            if not isinstance(value, str):
+                raise SettingsError(f"--config: expected one file, got {value!r}.")
+            configs.append(value)
+        elif key in settings:
+            raise SettingsError(f"{key} is given twice on the command line.")
+        else:
+            settings[key] = value
+    return configs, settings
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Return the settings of the command line `argv`, checked.
+
+    Raises:
+        SettingsError: at the first setting that is unknown, of the wrong type, missing, or impossible.
+    """
+    from .training_arguments import UpcyclingTrainingArguments
+
+    groups = (ModelArguments, DataArguments, UpcyclingTrainingArguments)
+    allowed = {setting.name for group in groups for setting in fields(group) if setting.init}
+    configs, overrides = parse_command_line(argv)
+    settings: dict[str, Any] = {}
+    for where, given in [*((path, load_yaml(path)) for path in configs), ("command line", overrides)]:
+        check_keys(given, allowed, where)
+        settings.update(given)
+    return build_arguments(settings)
+
+
+def build_arguments(settings: dict[str, Any]) -> Arguments:
+    """Return the arguments that `settings` give, with defaults for the rest.
+
+    Raises:
+        SettingsError: as [`parse_arguments`].
+    """
+    from .training_arguments import UpcyclingTrainingArguments
+
+    groups = (ModelArguments, DataArguments, UpcyclingTrainingArguments)
+    types = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+    settings = {name: _checked(name, value, types[name]) for name, value in settings.items()}
+    for name in ("model_name_or_path", "output_dir", "train_data"):
+        if not settings.get(name):
+            raise SettingsError(f"{name} is missing; give it in the --config file or as {name}=...")
+    if settings.get("max_steps", -1) < 1:
+        raise SettingsError("max_steps is missing; streamed text has no known length, so say how many steps to train.")
+    try:
+        return Arguments(*(_build(group, settings) for group in groups), given=settings)
+    # Transformers' own checks raise these; to whoever wrote the settings they are all the same.
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise SettingsError(" ".join(str(error).split())) from error
+
+
+def _build(group: type, settings: dict[str, Any]) -> Any:
+    names = {setting.name for setting in fields(group)}
+    return group(**{name: value for name, value in settings.items() if name in names})
+
+
+def _checked(name: str, value: Any, expected: Any) -> Any:
+    """Return `value` as a field of type `expected` takes it.
+
+    Raises:
+        SettingsError: if it has another type.
+    """
+    from huggingface_hub.dataclasses import type_validator
+
+    allowed = get_args(expected) or (expected,)
+    if type(value) is int and float in allowed:
+        return float(value)
+    if isinstance(value, str) and expected == list[str]:
+        return [value]
+    try:
+        if isinstance(value, bool) and bool not in allowed and Any not in allowed:
+            raise TypeError
+        type_validator(name, value, expected)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"{name}={value!r} has the wrong type; expected {_describe(expected)}.") from error
+    return value
+
+
+def _describe(expected: Any) -> str:
+    if getattr(expected, "__origin__", None) is Literal:
+        return f"one of {', '.join(map(repr, get_args(expected)))}"
+    if "|" in str(expected) or "Union" in str(expected):
+        return " or ".join("null" if part is NoneType else _describe(part) for part in get_args(expected))
+    return expected.__name__ if isinstance(expected, type) and not get_args(expected) else str(expected)
+
+
+def resolved_settings(arguments: Arguments) -> dict[str, Any]:
+    """Return the settings of a run, with the defaults spelt out, as a file that `--config` takes.
+
+    Those that belong to one start only, or are secret, are left out.
+    """
+    settings: dict[str, Any] = {}
+    for group in GROUPS:
+        settings |= asdict(_build(group, arguments.given))
+    settings |= arguments.given
+    return {name: value for name, value in settings.items() if name not in ("resume_from_checkpoint", "hub_token")}

@@ -1,0 +1,128 @@
+"""Train a MoE checkpoint, or a dense one, on streamed text.
+
+One process:
+
+    python train/train.py --config train/configs/small.yaml model_name_or_path=CHECKPOINT output_dir=OUT \
+        train_data=TEXT.parquet
+
+Several, on the GPUs of a node, whole models or sharded (FSDP2):
+
+    accelerate launch --config_file train/configs/accelerate/ddp.yaml train/train.py \
+        --config train/configs/router_upcycling.yaml model_name_or_path=CHECKPOINT output_dir=OUT train_data=TEXT
+    accelerate launch --config_file train/configs/accelerate/fsdp2.yaml train/train.py \
+        --config train/configs/router_upcycling.yaml model_name_or_path=CHECKPOINT output_dir=OUT train_data=TEXT
+    torchrun --nproc_per_node 8 train/train.py --config train/configs/router_upcycling.yaml ...
+
+Continue a run that was stopped: the same command with resume_from_checkpoint=last.
+
+Writes checkpoints, the final model with its tokenizer, and the resolved settings to OUT. Exit status: 0 done, 1 failed
+at run time, 2 wrong settings or input, 130 interrupted.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from upcycled_moe.common.settings import SettingsError
+from upcycled_moe.train.arguments import Arguments, format_help, parse_arguments, resolved_settings
+
+
+CONFIG_FILE = "training_config.yaml"
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line and return the exit status."""
+    if "--help" in argv or "-h" in argv:
+        print(format_help())
+        return 0
+    try:
+        train(parse_arguments(argv))
+    except SettingsError as error:
+        return _fail(2, str(error))
+    # A full disk, a file that went away. Other exceptions are bugs, whose traceback is worth seeing.
+    except OSError as error:
+        return _fail(1, str(error))
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted; continue from the newest checkpoint with resume_from_checkpoint=last.")
+    return 0
+
+
+def _fail(status: int, message: str) -> int:
+    # Every process meets the same error; one of each machine tells.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"train.py: {message}", file=sys.stderr)
+    return status
+
+
+def train(arguments: Arguments) -> None:
+    """Train as `arguments` say, evaluate, and save the model.
+
+    Raises:
+        SettingsError: for settings or input that the user has to change.
+    """
+    from transformers import set_seed
+
+    from upcycled_moe.common.text import open_text, pack_blocks
+    from upcycled_moe.train.callbacks import shorten_console_log
+    from upcycled_moe.train.checkpoints import checkpoint_to_resume
+    from upcycled_moe.train.data import ResumableBlocks, SavePositionCallback, evaluation_sets, resume_position
+    from upcycled_moe.train.model import load_model, load_tokenizer
+    from upcycled_moe.train.trainer import UpcyclingTrainer
+
+    model_args, data_args, training_args, _ = arguments
+    training_args.set_tokens_per_step(data_args.block_size)
+    checkpoint = checkpoint_to_resume(training_args)
+    set_seed(training_args.seed)
+
+    tokenizer = load_tokenizer(model_args)
+    documents = open_text(data_args.train_data, data_args.train_split, data_args.text_column)
+    packed = pack_blocks(documents, tokenizer, data_args.block_size, repeat=True)
+    blocks = ResumableBlocks(packed)
+    if checkpoint is not None:
+        resume_position(checkpoint, blocks, training_args)
+    eval_sets = evaluation_sets(data_args, training_args, tokenizer) if data_args.eval_data else None
+
+    trainer = UpcyclingTrainer(
+        model=load_model(model_args, tokenizer),
+        args=training_args,
+        train_dataset=blocks,
+        eval_dataset=eval_sets,
+        processing_class=tokenizer,
+        callbacks=[SavePositionCallback(packed)],
+    )
+    shorten_console_log(trainer)
+    if training_args.should_save:
+        _announce(arguments, checkpoint)
+
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate() if eval_sets else {}
+    trainer.save_model()
+    trainer.save_state()
+    if training_args.should_save:
+        perplexity = f", eval perplexity {metrics['eval_perplexity']:.3f}" if metrics else ""
+        print(f"{training_args.output_dir}: {result.global_step} steps, loss {result.training_loss:.4f}{perplexity}")
+    trainer.accelerator.end_training()
+
+
+def _announce(arguments: Arguments, checkpoint: str | None) -> None:
+    """Write the resolved settings, and say what begins: the number of processes is easily another than was meant."""
+    import yaml
+
+    from upcycled_moe.train.data import blocks_per_step
+
+    _, data_args, training_args, _ = arguments
+    num_tokens = blocks_per_step(training_args) * data_args.block_size
+    start = checkpoint or arguments.model.model_name_or_path
+    print(
+        f"{training_args.world_size} processes, {num_tokens:,} tokens a step, {training_args.max_steps:,} steps, "
+        f"from {start}",
+        file=sys.stderr,
+    )
+    output_dir = Path(training_args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    settings = yaml.safe_dump(resolved_settings(arguments), sort_keys=False, allow_unicode=True)
+    (output_dir / CONFIG_FILE).write_text(settings, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,72 @@
+"""Transformers' TrainingArguments with this recipe's fields and defaults."""
+
+import importlib.util
+from dataclasses import dataclass
+
+from transformers import SchedulerType, TrainingArguments
+
+from ..common.settings import SettingsError
+from .arguments import RecipeArguments
+
+
+@dataclass
+class UpcyclingTrainingArguments(RecipeArguments, TrainingArguments):
+    """[`TrainingArguments`], where the fields of [`RecipeArguments`] are new or have another default.
+
+    Raises:
+        SettingsError: for fields that exclude each other.
+    """
+
+    def __post_init__(self):
+        self._check_tensorboard()
+        super().__post_init__()
+        self._check_schedule()
+        if self.expected_processes is not None and self.expected_processes != self.world_size:
+            raise SettingsError(
+                f"expected_processes={self.expected_processes}, but {self.world_size} started; "
+                "`accelerate launch --cpu` starts one whatever --num_processes says, torchrun starts them all."
+            )
+        if self.dataloader_num_workers > 1:
+            raise SettingsError(
+                f"dataloader_num_workers={self.dataloader_num_workers}: each worker would read all of the text; "
+                "use 0, or 1 to read ahead."
+            )
+
+    def _check_tensorboard(self):
+        if self.report_to in ("tensorboard", ["tensorboard"]) and not importlib.util.find_spec("tensorboard"):
+            raise SettingsError(
+                "report_to='tensorboard', which is not installed: pip install 'upcycled-moe[tensorboard]', "
+                "or set report_to=none."
+            )
+
+    def _check_schedule(self):
+        if self.lr_scheduler_type != SchedulerType.CONSTANT_WITH_WARMUP and self.lr_decay_points:
+            raise SettingsError(
+                f"lr_scheduler_type={self.lr_scheduler_type.value!r} decays in its own way and takes no "
+                "lr_decay_points; set lr_decay_points=[]."
+            )
+        outside = [point for point in self.lr_decay_points if not 0 <= point <= 1]
+        if outside:
+            raise SettingsError(f"lr_decay_points holds {outside}; they are shares of max_steps, from 0 to 1.")
+
+    def set_tokens_per_step(self, block_size: int) -> None:
+        """Set `gradient_accumulation_steps` so that a step takes `tokens_per_step` tokens, if that is given.
+
+        Raises:
+            SettingsError: if no number of micro-batches makes them, or both are given.
+        """
+        if self.tokens_per_step is None:
+            return
+        if self.gradient_accumulation_steps != 1:
+            raise SettingsError(
+                f"tokens_per_step={self.tokens_per_step} and gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps} say the same thing; give one of them."
+            )
+        micro_batch_tokens = block_size * self.per_device_train_batch_size * self.world_size
+        if self.tokens_per_step < 1 or self.tokens_per_step % micro_batch_tokens:
+            raise SettingsError(
+                f"tokens_per_step={self.tokens_per_step} is not a multiple of {micro_batch_tokens} = block_size x "
+                f"per_device_train_batch_size x processes = {block_size} x {self.per_device_train_batch_size} x "
+                f"{self.world_size}."
+            )
+        self.gradient_accumulation_steps = self.tokens_per_step // micro_batch_tokens
