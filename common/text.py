@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Features, IterableDataset, Value, interleave_datasets, load_dataset
+from datasets import Features, IterableDataset, Value, load_dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -29,11 +29,51 @@ DOCUMENT_FEATURES = Features({"text": Value("string"), "domain": Value("string")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?$")
 
 
-def open_text(sources: Sequence[str], split: str = "train", text_column: str = "text") -> IterableDataset:
-    """Return the documents of all sources, streamed, with the columns `text` and `domain`.
+class TextStream(torch.utils.data.IterableDataset):
+    """Documents `{"text": ..., "domain": ...}` of several streams that take turns, one document each.
 
-    Several files take turns, one document each, so that the beginning shows all of them; every document comes once,
-    in an order that depends on nothing but the list of files.
+    The beginning shows all of them, every document comes once, and the order depends on nothing but the list of
+    streams. The position can be saved and restored exactly, as with a stream of `datasets`.
+
+    `datasets.interleave_datasets` does the same, but reads ahead in threads and then waits five seconds for them at
+    the end of each pass.
+    """
+
+    def __init__(self, streams: Sequence[IterableDataset]):
+        self.streams = list(streams)
+        self._state = self._start = self._beginning()
+
+    def _beginning(self) -> dict[str, Any]:
+        return {"turn": 0, "is_exhausted": [False] * len(self.streams), "streams": [None] * len(self.streams)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the last document that was read; it fits in JSON."""
+        return {**self._state, "streams": [stream.state_dict() for stream in self.streams]}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Let iterations begin where `state` was taken, or with None at the beginning."""
+        self._start = state or self._beginning()
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        is_exhausted = list(self._start["is_exhausted"])
+        for stream, state in zip(self.streams, self._start["streams"], strict=True):
+            stream.load_state_dict(state)
+        iterators = [iter(stream) for stream in self.streams]
+        turn = self._start["turn"]
+        while not all(is_exhausted):
+            if not is_exhausted[turn]:
+                document = next(iterators[turn], None)
+                is_exhausted[turn] = document is None
+                if document is not None:
+                    following = (turn + 1) % len(self.streams)
+                    self._state = {"turn": following, "is_exhausted": list(is_exhausted)}
+                    yield document
+            turn = (turn + 1) % len(self.streams)
+        self._state = {"turn": turn, "is_exhausted": is_exhausted}
+
+
+def open_text(sources: Sequence[str], split: str = "train", text_column: str = "text") -> TextStream:
+    """Return the documents of all sources, streamed, with `text` and `domain`.
 
     Args:
         sources: Files (parquet, jsonl or json, txt with one document a file), folders, globs, and Hub datasets
@@ -48,15 +88,13 @@ def open_text(sources: Sequence[str], split: str = "train", text_column: str = "
     """
     if not sources:
         raise SettingsError("No text is given; name files, folders or Hub datasets.")
-    documents = []
+    streams = []
     for source in sources:
         if files := find_files(source, split):
-            documents += [_open_file(file, text_column) for file in files]
+            streams += [_open_file(file, text_column) for file in files]
         else:
-            documents.append(_open_hub_dataset(source, split, text_column))
-    if len(documents) == 1:
-        return documents[0]
-    return interleave_datasets(documents, stopping_strategy="all_exhausted_without_replacement")
+            streams.append(_open_hub_dataset(source, split, text_column))
+    return TextStream(streams)
 
 
 def find_files(source: str, split: str = "train") -> list[Path]:
@@ -152,7 +190,7 @@ class PackedBlocks(torch.utils.data.IterableDataset):
     and restored exactly: see `state_dict`.
 
     Args:
-        documents: Documents with a column `text`.
+        documents: Documents with a `text`; `state_dict` and `load_state_dict` save and restore its position.
         tokenizer: Its `eos_token` ends each document, if it has one.
         block_size: Tokens in a block.
         repeat: Start over at the end of the documents, without end.
@@ -164,7 +202,11 @@ class PackedBlocks(torch.utils.data.IterableDataset):
     NUM_REMEMBERED_BATCHES = 1024
 
     def __init__(
-        self, documents: IterableDataset, tokenizer: PreTrainedTokenizerBase, block_size: int, repeat: bool = False
+        self,
+        documents: TextStream | IterableDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        block_size: int,
+        repeat: bool = False,
     ):
         if block_size < 1:
             raise SettingsError(f"block_size={block_size} must be at least 1.")
@@ -233,7 +275,10 @@ class PackedBlocks(torch.utils.data.IterableDataset):
 
 
 def pack_blocks(
-    documents: IterableDataset, tokenizer: PreTrainedTokenizerBase, block_size: int, repeat: bool = False
+    documents: TextStream | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    repeat: bool = False,
 ) -> PackedBlocks:
     """Return `documents` as blocks of `block_size` tokens; see [`PackedBlocks`]."""
     return PackedBlocks(documents, tokenizer, block_size, repeat)

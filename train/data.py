@@ -122,7 +122,7 @@ def evaluation_sets(
         blocks = [block["input_ids"] for block in islice(packed, data_args.max_eval_blocks)]
         if not blocks:
             raise SettingsError(
-                f"The evaluation text of {name!r} is shorter than one block of block_size={data_args.block_size} tokens."
+                f"The evaluation text of {name!r} is shorter than one block of {data_args.block_size} tokens."
             )
         num_missing = -len(blocks) % batch_size
         no_targets = [IGNORED_LABEL] * data_args.block_size
