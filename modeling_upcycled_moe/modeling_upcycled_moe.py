@@ -170,9 +170,22 @@ class UpcycledQwenMoePreTrainedModel(PreTrainedModel):
     def _router_losses(
         self, router_logits: tuple[torch.Tensor, ...] | None, attention_mask: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """Return `aux_loss`, `z_loss` and their weighted sum `router_loss`, or nothing without router logits."""
+        """Return `aux_loss`, `z_loss` and their weighted sum `router_loss`, or nothing without router logits.
+
+        Raises:
+            ValueError: if the routers are being trained but the losses cannot reach them.
+        """
         if not router_logits:
             return {}
+        coefficients = (self.config.router_aux_loss_coef, self.config.router_z_loss_coef)
+        if self.training and torch.is_grad_enabled() and any(c > 0 for c in coefficients):
+            routers = [module for module in self.modules() if isinstance(module, TopKRouter)]
+            for router, logits in zip(routers, router_logits, strict=True):
+                if not logits.requires_grad and any(parameter.requires_grad for parameter in router.parameters()):
+                    raise ValueError(
+                        "The router losses have no gradient: gradient checkpointing with use_reentrant=True cuts them "
+                        "off. Use use_reentrant=False, or set router_aux_loss_coef=0 and router_z_loss_coef=0."
+                    )
         aux_loss = load_balancing_losses(router_logits, self.config.num_experts_per_tok, attention_mask).mean()
         z_loss = router_z_losses(router_logits, attention_mask).mean()
         router_loss = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
@@ -303,10 +316,8 @@ class UpcycledQwenMoeForCausalLM(UpcycledQwenMoePreTrainedModel, GenerationMixin
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
             if router_losses:
-                router_losses["router_loss"] = router_losses["router_loss"].to(loss.device) * _share_of_batch(
-                    labels, **kwargs
-                )
-                loss = loss + router_losses["router_loss"]
+                router_losses["router_loss"] = router_losses["router_loss"] * _share_of_batch(labels, **kwargs)
+                loss = loss + router_losses["router_loss"].to(loss.device)
         return UpcycledQwenMoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -329,11 +340,18 @@ def _share_of_batch(
     if num_items_in_batch is None:
         return 1.0
     targets = labels[..., 1:] if shift_labels is None else shift_labels
-    return (targets != -100).sum() / num_items_in_batch
+    num_targets = (targets != -100).sum()
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(num_targets.device)
+    return num_targets / num_items_in_batch
 
 
 class UpcycledQwenMoeForSequenceClassification(UpcycledQwenMoePreTrainedModel):
     """Scores the last token that is not padding, e.g. as a reward model; keeps the router losses."""
+
+    # The loss is a mean over sequences whatever `num_items_in_batch` says; Transformers' Trainer must not take it for
+    # one that is divided by that number already, or it would sum the losses of accumulated micro-batches.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: UpcycledQwenMoeConfig):
         super().__init__(config)

