@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import torch
-from conversion import SHAPE
 from measure import machine, spread
+from shapes import QWEN2_0_5B
 from transformers import AutoModel, Qwen2Config, Qwen2ForCausalLM
 
 from upcycled_moe.conversion.calibration import best_device, calibrate, compute_dtype
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        config = Qwen2Config(**(SHAPE | {"num_hidden_layers": options.layers}))
+        config = Qwen2Config(**(QWEN2_0_5B | {"num_hidden_layers": options.layers}))
         Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
         measure(Path(folder), options.tokens, options.rounds)
 

@@ -14,18 +14,9 @@ import sys
 from pathlib import Path
 
 from measure import Run, machine, run_process, spread
+from shapes import QWEN2_0_5B
 
 
-SHAPE = {
-    "vocab_size": 151936,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-}
 NUM_EXPERTS = 8
 
 
@@ -49,8 +40,10 @@ def measure(folder: Path, mergekit: str | None, rounds: int) -> dict[str, list[t
     dense, out, log = folder / "dense", folder / "out", folder / "log"
     write_dense(dense)
     contestants = {
-        "upcycled-moe convert": [sys.executable, "-m", "upcycled_moe.cli.main", "convert", str(dense), str(out)]
-        + ["--router", "linear", "--num-experts", str(NUM_EXPERTS)],
+        "upcycled-moe convert": [
+            *(sys.executable, "-m", "upcycled_moe.cli.main", "convert", str(dense), str(out)),
+            *("--router", "linear", "--num-experts", str(NUM_EXPERTS)),
+        ],
     }
     if mergekit:
         config = folder / "mergekit.yaml"
@@ -92,7 +85,7 @@ def write_dense(folder: Path) -> None:
     from upcycled_moe.demo.parent import train_tokenizer
 
     torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(**SHAPE)).to(torch.bfloat16).save_pretrained(folder)
+    Qwen3ForCausalLM(Qwen3Config(**QWEN2_0_5B)).to(torch.bfloat16).save_pretrained(folder)
     train_tokenizer([Path(__file__)]).save_pretrained(folder)
 
 

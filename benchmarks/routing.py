@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import torch
 from measure import machine, spread
-from modeling_upcycled_moe import UpcycledQwenMoeConfig, UpcycledQwenMoeForCausalLM
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from modeling_upcycled_moe import UpcycledQwenMoeConfig, UpcycledQwenMoeForCausalLM
 
 
 SHAPE = {

@@ -9,7 +9,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def write_parent(folder: Path, text_files: Sequence[Path], seed: int = 0) -> None:
-    """Write an untrained Qwen2 checkpoint of real shape, on a small scale: grouped-query attention, tied embeddings."""
+    """Write an untrained Qwen2 checkpoint: small, but with what real ones have: GQA, tied embeddings."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM, set_seed
 
