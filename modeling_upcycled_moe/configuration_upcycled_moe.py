@@ -133,6 +133,8 @@ class UpcycledQwenMoeConfig(Qwen3Config):
             absent += [".q_norm", ".k_norm"]
         if self.shared_expert_intermediate_size == 0:
             absent += [".shared_expert."]
+        if not self.mlp_only_layers and self.decoder_sparse_step == 1:
+            absent += [".mlp.gate_proj", ".mlp.up_proj", ".mlp.down_proj"]
         self.base_model_tp_plan = {
             pattern: style
             for pattern, style in type(self).base_model_tp_plan.items()

@@ -1,0 +1,58 @@
+"""Tensor and expert parallelism over two processes compute what one process does, gradients included."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+MODELS = {
+    "mixture": {},
+    "best-key": {
+        "base_model_type": "qwen3",
+        "num_routers": 8,
+        "router_pooling": "max",
+        "shared_expert_intermediate_size": 24,
+        "mlp_only_layers": [0],
+    },
+    "linear": {"router_type": "linear", "shared_expert_intermediate_size": 24},
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("plan", ["tensor", "expert"])
+def test_two_processes_compute_what_one_does(make_moe, tmp_path, plan):
+    folders = []
+    for name, fields in MODELS.items():
+        folders.append(str(tmp_path / name))
+        make_moe(router_aux_loss_coef=0.3, router_z_loss_coef=0.1, **fields).save_pretrained(folders[-1])
+    report_path = tmp_path / "report.json"
+    worker = Path(__file__).with_name("distributed_worker.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+    process = subprocess.run(
+        [*torchrun, str(worker), plan, str(report_path), *folders],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "match nothing" not in process.stderr
+    assert "were not applied" not in process.stderr
+
+    reports = json.loads(report_path.read_text())
+    assert reports.keys() == MODELS.keys()
+    for name, report in reports.items():
+        assert report["processes"] == 2
+        expected_shards = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+        if plan == "tensor":
+            expected_shards |= {"self_attn.q_proj.weight", "self_attn.o_proj.weight"}
+            if "shared_expert_intermediate_size" in MODELS[name]:
+                expected_shards.add("mlp.shared_expert.down_proj.weight")
+        assert expected_shards <= set(report["sharded"])
+        assert report["logits"] <= 1e-5
+        assert report["loss"] <= 1e-5
+        assert [name for name, difference in report["gradients"].items() if difference > 1e-5] == []

@@ -1,0 +1,130 @@
+"""A checkpoint folder is all that anyone needs: fresh processes load it where this package cannot be imported."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from modeling_upcycled_moe import (
+    UpcycledQwenMoeForCausalLM,
+    UpcycledQwenMoeForSequenceClassification,
+    UpcycledQwenMoeModel,
+)
+
+
+CODE_FILES = {
+    "configuration_upcycled_moe.py",
+    "losses_upcycled_moe.py",
+    "modeling_upcycled_moe.py",
+    "routers_upcycled_moe.py",
+}
+AUTO_CLASSES = {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"}
+
+# Loads `folder` by each Auto class, saves what it loaded again, and says what it saw.
+LOAD_AND_SAVE = """
+import importlib.util, json, sys
+from pathlib import Path
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_upcycled_moe", "upcycled_moe"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+for package in ("modeling_upcycled_moe", "upcycled_moe"):
+    try:
+        __import__(package)
+    except ModuleNotFoundError:
+        continue
+    sys.exit(f"{package} can be imported: this process would show nothing")
+
+import torch, transformers
+
+folder, out = sys.argv[1:]
+tokens = torch.tensor([[5, 17, 99, 3, 42, 8, 120, 33]])
+config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+report = {"AutoConfig": {"class": type(config).__name__, "module": type(config).__module__}}
+config.save_pretrained(f"{out}/AutoConfig")
+for name in ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"):
+    model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        outputs = model(tokens, output_router_logits=True)
+    values = outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state
+    torch.save(values, f"{out}/{name}.pt")
+    report[name] = {
+        "class": type(model).__name__,
+        "module": type(model).__module__,
+        "experts": model.config._experts_implementation,
+        "num_router_logits": len(outputs.router_logits),
+    }
+    model.save_pretrained(f"{out}/{name}")
+print(json.dumps(report))
+"""
+
+
+def load_in_a_fresh_process(folder, out, cache) -> dict:
+    out.mkdir()
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))},
+        "HF_HOME": str(cache),
+        "HF_MODULES_CACHE": str(cache / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, "-I", "-c", LOAD_AND_SAVE, str(folder), str(out)]
+    process = subprocess.run(command, env=environment, cwd=out, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+def check_is_self_contained(folder):
+    written = json.loads((folder / "config.json").read_text())
+    assert written["auto_map"].keys() == AUTO_CLASSES
+    assert not any("--" in reference for reference in written["auto_map"].values())
+    assert {path.name for path in folder.glob("*.py")} == CODE_FILES
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "model_class"),
+    [
+        ("AutoModel", UpcycledQwenMoeModel),
+        ("AutoModelForCausalLM", UpcycledQwenMoeForCausalLM),
+        ("AutoModelForSequenceClassification", UpcycledQwenMoeForSequenceClassification),
+    ],
+)
+def test_a_folder_loads_saves_and_loads_again_without_the_package(make_moe, tmp_path, auto_class, model_class):
+    model = make_moe(model_class, shared_expert_intermediate_size=16, num_routers=8, router_pooling="max")
+    saved = tmp_path / "saved"
+    model.save_pretrained(saved)
+    check_is_self_contained(saved)
+    with torch.no_grad():
+        outputs = model(torch.tensor([[5, 17, 99, 3, 42, 8, 120, 33]]))
+    expected = outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state
+
+    first = load_in_a_fresh_process(saved, tmp_path / "first", tmp_path / "cache 1")
+    for seen in first.values():
+        assert seen["module"].startswith("transformers_modules.")
+    for name in AUTO_CLASSES - {"AutoConfig"}:
+        assert first[name]["experts"] == "grouped_mm"
+        assert first[name]["num_router_logits"] == 3
+    assert first[auto_class]["class"] == model_class.__name__
+    torch.testing.assert_close(torch.load(tmp_path / "first" / f"{auto_class}.pt"), expected, rtol=0, atol=2e-6)
+
+    saved_again = tmp_path / "first" / auto_class
+    for name in AUTO_CLASSES - {"AutoConfig"}:
+        check_is_self_contained(tmp_path / "first" / name)
+    check_is_self_contained(tmp_path / "first" / "AutoConfig")
+    second = load_in_a_fresh_process(saved_again, tmp_path / "second", tmp_path / "cache 2")
+    assert second == {name: {**seen, "module": second[name]["module"]} for name, seen in first.items()}
+    torch.testing.assert_close(torch.load(tmp_path / "second" / f"{auto_class}.pt"), expected, rtol=0, atol=2e-6)
+
+
+def test_with_the_package_installed_its_own_classes_load_a_folder_too(make_moe, tmp_path):
+    make_moe().save_pretrained(tmp_path)
+
+    config = AutoConfig.from_pretrained(tmp_path)
+
+    assert type(config).__module__ == "modeling_upcycled_moe.configuration_upcycled_moe"
