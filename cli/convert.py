@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     if options.verify:
         from ..conversion.verify import verify
 
-        verification = verify(options.dense, str(out))
+        verification = verify(str(source.folder), str(out))
     if options.json:
         output = json.loads((out / "upcycling.json").read_text(encoding="utf-8"))
         if verification is not None:
@@ -80,7 +80,7 @@ def print_result(result: "ConversionResult") -> None:
     if result.routers is not None:
         experts = plan.config.num_experts
         table = Table(title=f"Fresh routers on {plan.recipe.calibration_tokens:,} tokens", title_justify="left")
-        for column in ("Layer", "Logit std", "Entropy", "Least load", "Most load", "No tokens"):
+        for column in ("Layer", "Logit std", "Entropy", "Least load", "Most load", "Dead experts"):
             table.add_column(column, justify="right")
         for row in result.routers:
             table.add_row(

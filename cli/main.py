@@ -5,6 +5,7 @@ Exit status: 0 done; 1 failed at run time; 2 wrong usage, recipe or input; 3 `ve
 """
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -71,15 +72,22 @@ def _run(options: argparse.Namespace) -> int:
     from ..common.settings import SettingsError
 
     try:
-        return options.run(options)
+        status = options.run(options)
+        # Here, so that a full disk or a closed pipe is still caught.
+        sys.stdout.flush()
+        return status
     except SettingsError as error:
         return _fail(error, 2)
+    except BrokenPipeError:
+        # The reader has seen enough; what is left in the buffer must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         reason = error.strerror or str(error)
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{reason}", 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written.", 130)
+        return _fail("interrupted.", 130)
 
 
 def _terminate(signal_number: int, frame: object) -> None:

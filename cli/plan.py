@@ -48,6 +48,7 @@ def print_plan(plan: "ConversionPlan", out: Path, as_json: bool) -> None:
         print(json.dumps(plan.to_dict(out), indent=2))
         return
 
+    from rich.markup import escape
     from rich.table import Table
 
     from ..conversion.numbers import format_bytes, format_count
@@ -67,7 +68,7 @@ def print_plan(plan: "ConversionPlan", out: Path, as_json: bool) -> None:
         "Peak memory": f"about {format_bytes(plan.peak_memory_bytes)}",
         "Free disk": format_bytes(free_disk_bytes(out)),
     }.items():
-        summary.add_row(f"[bold]{name}[/]", value)
+        summary.add_row(f"[bold]{name}[/]", escape(value))
     console.print(summary)
 
     routers = Table(title="Routers", title_justify="left")

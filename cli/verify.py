@@ -20,6 +20,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     parser.add_argument("dense", metavar="DENSE", help="dense Qwen checkpoint: folder or Hub id")
     parser.add_argument("moe", metavar="OUT", help="converted checkpoint: folder or Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of DENSE on the Hub")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="compute in")
     parser.add_argument("--tolerance", type=float, help="largest |Δlogit| (default: 5e-6 times the largest logit)")
     parser.add_argument("--num-sequences", type=int, default=4, help="random sequences to compare (default: 4)")
@@ -33,12 +34,13 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     import torch
 
+    from ..conversion.source import open_source
     from ..conversion.verify import verify
     from .console import quiet_libraries
 
     quiet_libraries()
     report = verify(
-        options.dense,
+        str(open_source(options.dense, options.revision).folder),
         options.moe,
         dtype=getattr(torch, options.dtype),
         tolerance=options.tolerance,

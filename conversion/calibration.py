@@ -99,11 +99,16 @@ def calibration_blocks(source: DenseSource, recipe: ConversionRecipe) -> Tensor:
     """Return the calibration text as token ids [N, S].
 
     Raises:
-        SettingsError: if the text cannot be read or has fewer tokens than asked for.
+        SettingsError: if tokenizer or text cannot be read, do not fit the model, or have fewer tokens than asked for.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    # Tokenizers raise whatever the reader of their many files raises, bare `Exception` included.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SettingsError(f"{source.name}: its tokenizer cannot be loaded ({reason})") from error
     documents = open_text(recipe.calibration_data, recipe.calibration_split, recipe.calibration_text_column)
     num_blocks = recipe.calibration_tokens // recipe.calibration_block_size
     packed = pack_blocks(documents, tokenizer, recipe.calibration_block_size)
@@ -113,7 +118,13 @@ def calibration_blocks(source: DenseSource, recipe: ConversionRecipe) -> Tensor:
             f"calibration_data has {len(blocks) * recipe.calibration_block_size} tokens in whole sequences, "
             f"calibration_tokens={recipe.calibration_tokens} asks for more; lower it or give more text."
         )
-    return torch.stack(blocks)
+    tokens = torch.stack(blocks)
+    if tokens.max() >= source.config.vocab_size:
+        raise SettingsError(
+            f"{source.name}: its tokenizer gives token {tokens.max()}, the model's vocab_size is "
+            f"{source.config.vocab_size}; put the model's own tokenizer beside it."
+        )
+    return tokens
 
 
 @torch.no_grad()

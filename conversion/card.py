@@ -1,7 +1,6 @@
 """The model card of a fresh checkpoint, filled with its own figures."""
 
 import math
-import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from yaml import YAMLError
 
 from .numbers import format_bytes, format_count
 from .plan import ConversionPlan, router_plans
@@ -27,12 +27,16 @@ def write_card(folder: Path, plan: ConversionPlan, reports: list[RouterReport] |
 def render_card(plan: ConversionPlan, reports: list[RouterReport] | None) -> str:
     """Return the model card of a conversion by `plan`, with what its fresh routers do."""
     source, recipe, config = plan.source, plan.recipe, plan.config
+    parent_card = _parent_card(source.folder)
     is_hub_id = _is_hub_id(source.name) and not Path(source.name).exists()
     parent = source.name if is_hub_id else Path(source.name).resolve().name
     title = f"{parent.split('/')[-1]}-{config.num_experts}x-MoE"
     card_data = ModelCardData(
         base_model=parent if is_hub_id else None,
-        license=_parent_license(source.folder),
+        license=parent_card.license,
+        license_name=parent_card.get("license_name"),
+        license_link=parent_card.get("license_link"),
+        language=parent_card.language,
         library_name="transformers",
         pipeline_tag="text-generation" if config.architectures[0].endswith("CausalLM") else "text-classification",
         tags=["moe", "mixture-of-experts", "upcycling", "custom_code", "arxiv:2509.00679"],
@@ -71,10 +75,10 @@ def _is_hub_id(name: str) -> bool:
     return "/" in name
 
 
-def _parent_license(folder: Path) -> str | None:
-    """Return the licence that the parent's own card declares, if it came along."""
+def _parent_card(folder: Path) -> ModelCardData:
+    """Return what the parent's own card declares, nothing if it did not come along or cannot be read."""
     card = folder / CARD_FILE
-    if not card.is_file():
-        return None
-    declared = re.search(r"^license:\s*(\S+)\s*$", card.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return declared.group(1) if declared else None
+    try:
+        return ModelCard.load(card, ignore_metadata_errors=True).data if card.is_file() else ModelCardData()
+    except (ValueError, YAMLError):
+        return ModelCardData()

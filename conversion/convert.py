@@ -5,8 +5,9 @@ import importlib.metadata
 import json
 import platform
 import shutil
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,8 @@ from .routers import (
     random_router,
     tensor_generator,
 )
-from .source import COMPANION_FILES, COMPANION_FOLDERS, DenseSource
-from .writer import Content, check_output, staged, write_text, write_weights
+from .source import COMPANION_FILES, COMPANION_FOLDERS, DTYPES, DenseSource
+from .writer import BUFFER_BYTES, Content, check_output, staged, write_text, write_weights
 
 
 PROVENANCE_FILE = "upcycling.json"
@@ -83,9 +84,8 @@ def convert(
     if not source.has_tokenizer:
         progress.warn(f"{source.name} has no tokenizer, so the result has none; put its files beside the weights.")
     contents, reports = initial_routers(plan, progress)
-    with staged(out) as folder, ThreadPoolExecutor(max_workers=1) as background:
-        # Hashing reads what copying has just brought into memory, on another core.
-        hashes = background.submit(_hash_files, source.weight_files)
+    # Hashing reads what copying has just brought into memory, on another core.
+    with staged(out) as folder, _in_background(_hash_files, source.weight_files) as hashes:
         with progress.task("Writing", plan.num_bytes, "bytes") as advance:
             write_weights(plan, contents, folder, advance)
         _copy_companions(source, folder)
@@ -151,19 +151,13 @@ def _scaled_and_measured(
 ) -> tuple[dict[str, Content], RouterReport]:
     """Return the router with its logits scaled as the recipe asks, and what it does on the text that `layer` saw."""
     config, target = plan.config, plan.recipe.router_logit_std
-    router = ROUTERS[config.router_type](config).eval()
-    for name, parameter in router.named_parameters():
-        content = contents[name]
-        value = content if isinstance(content, torch.Tensor) else content.load()
-        parameter.data.copy_(value.reshape(parameter.shape))
-    router.to(layer.ffn_inputs[0].device)
-    scores = torch.cat([router.score(tokens.float()) for tokens in layer.ffn_inputs])  # [T, E]
+    scores = _router_scores(plan, layer, contents)
     measured = router_metrics(scores, config.num_experts_per_tok)["logit_std"]
     if target is not None and measured > 0:
-        # Scores are linear in these tensors, whatever the pooling.
+        # Scores grow with these tensors in proportion, whatever the pooling.
         scaled = "keys" if config.router_type == "mixture" else "weight"
         contents = contents | {scaled: contents[scaled] * (target / measured)}
-        scores = scores * (target / measured)
+        scores = _router_scores(plan, layer, contents)
     keys = contents.get("keys")
     report = report_router(
         layer.layer,
@@ -175,13 +169,27 @@ def _scaled_and_measured(
     return contents, report
 
 
+def _router_scores(plan: ConversionPlan, layer: LayerActivations, contents: dict[str, Content]) -> torch.Tensor:
+    """Return the logits [T, E] of the text that `layer` saw, by the router as it will be read from the file."""
+    router = ROUTERS[plan.config.router_type](plan.config).eval()
+    dtypes = {tensor.name: DTYPES[tensor.dtype] for tensor in plan.tensors}
+    for name, parameter in router.named_parameters():
+        content = contents[name]
+        value = content if isinstance(content, torch.Tensor) else content.load()
+        written = value.to(dtypes[f"model.layers.{layer.layer}.mlp.gate.{name}"])
+        parameter.data.copy_(written.reshape(parameter.shape))
+    router.to(layer.ffn_inputs[0].device)
+    return torch.cat([router.score(tokens.float()) for tokens in layer.ffn_inputs])
+
+
 def _warn_of_degenerate_routers(plan: ConversionPlan, reports: list[RouterReport], progress: Progress) -> None:
     coinciding = [report for report in reports if report.coinciding_keys]
     if coinciding:
+        is_grouped_query = plan.config.num_key_value_heads < plan.config.num_attention_heads
         reason = (
             "heads that share a key-value head have the same mean key; use key_statistic='attended'"
-            if plan.recipe.key_statistic == "mean"
-            else "fewer routers or other heads_per_router may make them differ"
+            if is_grouped_query and plan.recipe.key_statistic == "mean"
+            else "there are fewer different groups of heads than keys; another num_routers or heads_per_router helps"
         )
         progress.warn(
             f"Keys coincide in {len(coinciding)} of {len(reports)} layers (layer {coinciding[0].layer}: "
@@ -206,12 +214,27 @@ def _copy_companions(source: DenseSource, folder: Path) -> None:
             shutil.copytree(source.folder / name, folder / name)
 
 
-def _hash_files(paths: list[Path]) -> dict[str, str]:
-    """Return the SHA-256 of each file by its name."""
+@contextmanager
+def _in_background(function: Callable, *arguments: Any) -> Iterator[Future]:
+    """Run `function(*arguments, stop)` on another thread; an error in the body sets the event `stop`."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        try:
+            yield executor.submit(function, *arguments, stop)
+        except BaseException:
+            stop.set()
+            raise
+
+
+def _hash_files(paths: list[Path], stop: threading.Event) -> dict[str, str]:
+    """Return the SHA-256 of each file by its name; breaks off when `stop` is set."""
     hashes = {}
     for path in paths:
+        digest = hashlib.sha256()
         with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            while not stop.is_set() and (data := file.read(BUFFER_BYTES)):
+                digest.update(data)
+        hashes[path.name] = digest.hexdigest()
     return hashes
 
 

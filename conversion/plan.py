@@ -214,9 +214,12 @@ def router_plans(plan: ConversionPlan) -> list[RouterPlan]:
         initialization = f"random, N(0, {config.initializer_range})"
     else:
         split = head_split(plan.source, recipe)
+        units = f"query head{'s' * (split.heads_per_router > 1)}"
+        if split.unit_size < plan.source.head_dim:
+            units = f"part{'s' * (split.heads_per_router > 1)} ({split.unit_size} of {plan.source.head_dim} wide)"
         initialization = (
-            f"{split.num_routers} routers × {split.heads_per_router} query heads, "
-            f"{split.num_keys} keys of {split.key_statistic} keys"
+            f"{split.num_routers} routers of {split.heads_per_router} {units}, "
+            f"{split.num_keys} {split.key_statistic} keys"
         )
     return [
         RouterPlan(

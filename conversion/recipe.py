@@ -5,6 +5,7 @@ the defaults here. Nothing in this module needs torch.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -72,8 +73,8 @@ class ConversionRecipe:
             raise SettingsError(f"router_pooling has no meaning with router={self.router!r}; leave it out.")
         if self.key_statistic != "auto" and self.router != "mixture":
             raise SettingsError(f"key_statistic has no meaning with router={self.router!r}; leave it out.")
-        if self.router_logit_std is not None and self.router_logit_std <= 0:
-            raise SettingsError(f"router_logit_std={self.router_logit_std} must be above zero.")
+        if self.router_logit_std is not None and not 0 < self.router_logit_std < math.inf:
+            raise SettingsError(f"router_logit_std={self.router_logit_std} must be above zero and finite.")
         if self.router_logit_std is not None and not self.calibration_data:
             raise SettingsError("router_logit_std is measured on text; give calibration_data.")
         if self.calibration_tokens < self.calibration_block_size:
@@ -95,7 +96,7 @@ class ConversionRecipe:
         unit = text[len(number) :].upper()
         try:
             size = int(float(number) * units[unit])
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, OverflowError):
             raise SettingsError(
                 f"max_shard_size={self.max_shard_size!r} is not a size; write e.g. 500MB or 5GB."
             ) from None

@@ -24,6 +24,9 @@ ARCHITECTURES = {
     "Qwen3ForSequenceClassification": "UpcycledQwenMoeForSequenceClassification",
 }
 
+# Matrices of a layer whose bytes become experts and routers.
+JOINED_MATRICES = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj")
+
 # Carried over untouched, if they are there.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 COMPANION_FILES = (
@@ -62,7 +65,11 @@ class SourceTensor:
         """Return the tensor, backed by the file: only what is touched is read."""
         storage = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=self.path.stat().st_size)
         flat = torch.empty(0, dtype=torch.uint8).set_(storage, self.offset, (self.num_bytes,))
-        return flat.view(DTYPES[self.dtype]).view(self.shape)
+        dtype = DTYPES[self.dtype]
+        if self.offset % dtype.itemsize:
+            # The format does not promise alignment, and old writers did not keep it.
+            flat = flat.clone()
+        return flat.view(dtype).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -141,6 +148,7 @@ def _download(model: str, revision: str | None) -> Path:
 
 
 def _read_config(model: str, folder: Path) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     config_path = folder / "config.json"
@@ -148,8 +156,10 @@ def _read_config(model: str, folder: Path) -> Any:
         raw = json.loads(config_path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SourceError(f"{model}: there is no config.json; give the folder of a Transformers checkpoint.") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise SourceError(f"{config_path}: not valid JSON ({error}); fetch it again.") from None
+    if not isinstance(raw, dict):
+        raise SourceError(f"{config_path}: holds a {type(raw).__name__} instead of settings; fetch it again.")
     if raw.get("model_type") not in ("qwen2", "qwen3"):
         raise SourceError(
             f"{model}: model_type {raw.get('model_type')!r} cannot be upcycled; allowed: 'qwen2' (Qwen1.5, 2 and 2.5) "
@@ -157,7 +167,10 @@ def _read_config(model: str, folder: Path) -> Any:
         )
     if raw.get("quantization_config"):
         raise SourceError(f"{model}: its weights are quantized; give the checkpoint that it was quantized from.")
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise SourceError(f"{config_path}: not a valid configuration ({error.__cause__ or error}).") from error
     architecture = (config.architectures or [f"{config.model_type.capitalize()}ForCausalLM"])[0]
     if architecture not in ARCHITECTURES:
         raise SourceError(
@@ -169,14 +182,15 @@ def _read_config(model: str, folder: Path) -> Any:
 
 def _read_headers(folder: Path) -> dict[str, SourceTensor]:
     index_path = folder / "model.safetensors.index.json"
-    if index_path.exists():
+    if (folder / "model.safetensors").exists():
+        # Transformers too takes it first where there are shards as well.
+        weight_map, file_names = {}, ["model.safetensors"]
+    elif index_path.exists():
         try:
-            weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-        except (json.JSONDecodeError, KeyError):
+            weight_map = dict(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"])
+            file_names = sorted(set(map(str, weight_map.values())))
+        except (ValueError, KeyError, TypeError):
             raise SourceError(f"{index_path}: not a valid index; fetch it again.") from None
-        file_names = sorted(set(weight_map.values()))
-    elif (folder / "model.safetensors").exists():
-        weight_map, file_names = None, ["model.safetensors"]
     else:
         hint = " It has pytorch_model.bin weights: load and save the model with Transformers first." * bool(
             list(folder.glob("pytorch_model*.bin"))
@@ -185,7 +199,7 @@ def _read_headers(folder: Path) -> dict[str, SourceTensor]:
     tensors: dict[str, SourceTensor] = {}
     for file_name in file_names:
         tensors |= _read_header(folder / file_name)
-    if weight_map is not None and (absent := weight_map.keys() - tensors.keys()):
+    if absent := (weight_map.keys() - tensors.keys()):
         raise SourceError(f"{folder}: the index names {sorted(absent)[0]!r}, but no shard has it; fetch them again.")
     return tensors
 
@@ -199,22 +213,26 @@ def _read_header(path: Path) -> dict[str, SourceTensor]:
             header = json.loads(file.read(header_bytes)) if 8 + header_bytes <= size_bytes else None
     except FileNotFoundError:
         raise SourceError(f"{path}: the shard is missing; fetch it again.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except ValueError:
         raise SourceError(f"{path}: not a safetensors file (its header is not JSON); fetch it again.") from None
     if header is None:
         raise SourceError(f"{path}: truncated inside its header ({size_bytes} bytes); fetch it again.")
-    header.pop("__metadata__", None)
     start = 8 + header_bytes
-    expected = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    try:
+        header.pop("__metadata__", None)
+        tensors = {
+            name: SourceTensor(name, entry["dtype"], tuple(entry["shape"]), path, start + begin, end - begin)
+            for name, entry in header.items()
+            for begin, end in [entry["data_offsets"]]
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise SourceError(f"{path}: not a safetensors file (its header lists no tensors); fetch it again.") from None
+    expected = max((tensor.offset + tensor.num_bytes for tensor in tensors.values()), default=start)
     if size_bytes < expected:
         raise SourceError(
             f"{path}: truncated: its header promises {expected} bytes, it has {size_bytes}; fetch it again."
         )
-    return {
-        name: SourceTensor(name, entry["dtype"], tuple(entry["shape"]), path, start + begin, end - begin)
-        for name, entry in header.items()
-        for begin, end in [entry["data_offsets"]]
-    }
+    return tensors
 
 
 def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
@@ -264,3 +282,11 @@ def _check_tensors(model: str, config: Any, tensors: dict[str, SourceTensor]) ->
             raise SourceError(f"{model}: {name!r} has type {tensor.dtype}; allowed: {', '.join(DTYPES)}.")
         if math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize != tensor.num_bytes:
             raise SourceError(f"{tensor.path}: the header's bytes for {name!r} do not fit its shape; fetch it again.")
+    for layer_idx in range(config.num_hidden_layers):
+        # They meet in one tensor, or one module, of the result.
+        names = [f"model.layers.{layer_idx}.{name}.weight" for name in JOINED_MATRICES]
+        if len(dtypes := {tensors[name].dtype for name in names}) > 1:
+            raise SourceError(
+                f"{model}: layer {layer_idx} has matrices of different types ({', '.join(sorted(dtypes))}); "
+                "save the model in one type first."
+            )

@@ -1,12 +1,18 @@
 """Does the MoE checkpoint compute what its dense parent computes? Both are loaded as a user would, and compared."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import PreTrainedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..common.settings import SettingsError
 from .calibration import best_device
@@ -64,7 +70,10 @@ def verify(
     Raises:
         SettingsError: if one of them cannot be loaded, or they have different vocabularies.
     """
-    dense_config, moe_config = _config(dense), _config(moe)
+    for name, value in (("num_sequences", num_sequences), ("sequence_length", sequence_length)):
+        if value < 1:
+            raise SettingsError(f"{name}={value} must be at least 1.")
+    dense_config, moe_config = _config(dense, own_code=False), _config(moe, own_code=True)
     if dense_config.vocab_size != moe_config.vocab_size:
         raise SettingsError(
             f"{moe} has {moe_config.vocab_size} tokens, {dense} has {dense_config.vocab_size}: "
@@ -72,8 +81,8 @@ def verify(
         )
     generator = tensor_generator(seed, "verify")
     tokens = torch.randint(dense_config.vocab_size, (num_sequences, sequence_length), generator=generator)
-    expected = _logits(dense, dense_config, tokens, dtype)
-    actual = _logits(moe, dense_config, tokens, dtype)
+    expected = _logits(dense, dense_config, tokens, dtype, own_code=False)
+    actual = _logits(moe, moe_config, tokens, dtype, own_code=True)
     if actual.shape != expected.shape:
         raise SettingsError(f"{moe} gives logits {tuple(actual.shape)}, {dense} {tuple(expected.shape)}.")
     max_logit = expected.abs().max().item()
@@ -87,20 +96,37 @@ def verify(
     )
 
 
-def _config(model: str):
+def _config(model: str, *, own_code: bool):
     if Path(model).is_dir() and not (Path(model) / "config.json").exists():
         raise SettingsError(f"{model}: there is no config.json; give the folder of a finished checkpoint.")
-    try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=True)
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{model}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+    with _loading(model):
+        return _auto_class("AutoConfig", model, own_code).from_pretrained(model)
 
 
 @torch.inference_mode()
-def _logits(model_name: str, dense_config, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+def _logits(model_name: str, config, tokens: Tensor, dtype: torch.dtype, *, own_code: bool) -> Tensor:
     """Return the logits of `tokens`, one sequence at a time, in float32 on the CPU."""
-    is_classifier = (dense_config.architectures or [""])[0].endswith("ForSequenceClassification")
-    auto_class = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    is_classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification")
+    auto_name = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
     device = best_device()
-    model = auto_class.from_pretrained(model_name, trust_remote_code=True, dtype=dtype).eval().to(device)
+    with _loading(model_name):
+        auto_class = _auto_class(auto_name, model_name, own_code)
+        model = auto_class.from_pretrained(model_name, config=config, dtype=dtype).eval().to(device)
     return torch.cat([model(row.unsqueeze(0).to(device)).logits.float().cpu() for row in tokens])
+
+
+def _auto_class(name: str, model: str, own_code: bool) -> type:
+    """Return the class that loads `model`: from the code beside its weights, or the Auto class `name`.
+
+    The Auto classes themselves prefer a class that this process has registered over that code.
+    """
+    auto_map = PreTrainedConfig.get_config_dict(model)[0].get("auto_map", {}) if own_code else {}
+    return get_class_from_dynamic_module(auto_map[name], model) if name in auto_map else getattr(transformers, name)
+
+
+@contextmanager
+def _loading(model: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise SettingsError(f"{model}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error

@@ -37,19 +37,26 @@ def check_output(plan: ConversionPlan, out: Path, overwrite: bool) -> None:
     Raises:
         OutputError: if not.
     """
-    if out.is_file():
+    target = out.resolve()
+    if target.is_file():
         raise OutputError(f"{out}: is a file; give a folder that does not exist yet.")
-    if out.is_dir() and out.resolve() == plan.source.folder.resolve():
+    if target == plan.source.folder.resolve():
         raise OutputError(f"{out}: is the dense model itself; give another folder.")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    for path in (plan.source.folder, *map(Path, plan.recipe.calibration_data), Path.cwd()):
+        if path.resolve().is_relative_to(target):
+            raise OutputError(f"{out}: holds {path.resolve()}, which replacing it would delete; give another folder.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise OutputError(f"{out}: exists and is not empty; give another folder, or --overwrite to replace it.")
-    folder = out.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"{out}: no permission to write in {folder}.")
-    reclaimed = _folder_bytes(staging_folder(out))
-    needed, free = plan.num_bytes + COMPANION_BYTES, shutil.disk_usage(folder).free + reclaimed
+    # The output comes to be beside its final place, so its parent must be writable, or whatever there is of it.
+    parent = target.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise OutputError(f"{out}: {parent} is a file; give a folder that can be made.")
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"{out}: no permission to write in {parent}.")
+    reclaimed = _folder_bytes(staging_folder(target))
+    needed, free = plan.num_bytes + COMPANION_BYTES, shutil.disk_usage(parent).free + reclaimed
     if free < needed:
         raise OutputError(
             f"{out}: needs {format_bytes(needed)}, {format_bytes(free)} are free on its disk; make room or write "
@@ -58,7 +65,7 @@ def check_output(plan: ConversionPlan, out: Path, overwrite: bool) -> None:
 
 
 def staging_folder(out: Path) -> Path:
-    """Return the folder in which `out` comes to be; nothing loads from it."""
+    """Return the folder in which `out` comes to be, one level down, so that nothing ever loads from it."""
     return out.with_name(out.name + ".partial")
 
 
@@ -66,20 +73,25 @@ def staging_folder(out: Path) -> Path:
 def staged(out: Path) -> Iterator[Path]:
     """Give a fresh folder to write into, and put it in the place of `out` only if all went well.
 
-    On an error the folder is removed. A killed run leaves `OUT.partial`, without a configuration to load it by; the
-    next run starts it anew. What was in `out` is there until the last moment.
+    On an error the folder is removed. A killed run leaves `OUT.partial`, which does not load; the next run starts it
+    anew. What was in `out` is there until the last moment.
     """
-    partial = staging_folder(out)
+    out = out.resolve()
+    partial, replaced = staging_folder(out), _replaced_folder(out)
     if partial.exists():
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    if replaced.exists() and not out.exists():
+        # A run was killed between moving the old output away and the new one in.
+        os.replace(replaced, out)
+    folder = partial / out.name
+    folder.mkdir(parents=True)
     try:
-        yield partial
-        _sync_folder(partial)
-        _put_in_place(partial, out)
-    except BaseException:
+        yield folder
+        _sync(folder)
+        _put_in_place(folder, out)
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+    _sync_path(out.parent)
 
 
 def write_weights(
@@ -92,7 +104,13 @@ def write_weights(
         progress: called with the bytes just written.
     """
     for shard in plan.shards:
-        _write_shard(shard, contents, folder / shard.file_name, progress)
+        path = folder / shard.file_name
+        try:
+            _write_shard(shard, contents, path, progress)
+        except OSError as error:
+            # `write` and `sendfile` do not say which file they failed on.
+            error.filename = error.filename or str(path)
+            raise
     if len(plan.shards) > 1:
         index = {
             "metadata": {"total_size": plan.num_bytes, "total_parameters": plan.total_parameters},
@@ -102,11 +120,8 @@ def write_weights(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` and have it on the disk."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write `text` to `path`."""
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _write_shard(shard: Shard, contents: Mapping[str, Content], path: Path, progress: Progress) -> None:
@@ -178,23 +193,34 @@ def _write_all(out_fd: int, data: memoryview) -> None:
         data = data[os.write(out_fd, data) :]
 
 
-def _put_in_place(partial: Path, out: Path) -> None:
-    if not out.exists():
-        os.replace(partial, out)
-        return
-    replaced = out.with_name(out.name + ".replaced")
+def _replaced_folder(out: Path) -> Path:
+    """Return where the old `out` is between being moved away and being deleted."""
+    return out.with_name(out.name + ".replaced")
+
+
+def _put_in_place(folder: Path, out: Path) -> None:
+    replaced = _replaced_folder(out)
     shutil.rmtree(replaced, ignore_errors=True)
+    if not out.exists():
+        os.replace(folder, out)
+        return
     os.replace(out, replaced)
     try:
-        os.replace(partial, out)
-    except OSError:
+        os.replace(folder, out)
+    except BaseException:
         os.replace(replaced, out)
         raise
     shutil.rmtree(replaced)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(folder: Path) -> None:
+    """Have all files of `folder` on the disk, so that after a power cut too `out` is whole or absent."""
+    for path in (*sorted(folder.rglob("*")), folder):
+        _sync_path(path)
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
