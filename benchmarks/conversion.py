@@ -10,6 +10,7 @@ environment of its own (`pip install mergekit==0.1.5`).
 import argparse
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,10 +23,14 @@ NUM_EXPERTS = 8
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where to write; needs 20 GB")
+    parser.add_argument("--folder", type=Path, default=Path("."), help="where to write; needs 20 GB")
+    parser.add_argument("--write-dense", type=Path, help="only write the dense model into this folder")
     parser.add_argument("--mergekit", help="path of mergekit-moe; left out if not given")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    if options.write_dense:
+        write_dense(options.write_dense)
+        return
     folder = options.folder / "conversion_benchmark"
     folder.mkdir(parents=True)
     try:
@@ -38,7 +43,8 @@ def main() -> None:
 def measure(folder: Path, mergekit: str | None, rounds: int) -> dict[str, list[tuple[int, Run]]]:
     """Return (bytes written, run) of each contestant in each round."""
     dense, out, log = folder / "dense", folder / "out", folder / "log"
-    write_dense(dense)
+    # In a process of its own: a child's peak memory would count what this one holds.
+    subprocess.run([sys.executable, __file__, "--write-dense", str(dense)], check=True)
     contestants = {
         "upcycled-moe convert": [
             *(sys.executable, "-m", "upcycled_moe.cli.main", "convert", str(dense), str(out)),

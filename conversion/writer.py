@@ -19,7 +19,7 @@ from .plan import ConversionPlan, PlannedTensor, Shard
 from .source import DTYPES
 
 
-BUFFER_BYTES = 8 * 1024**2
+BUFFER_BYTES = 1024**2
 # What the files beside the weights may need: configuration, code, tokenizer, card.
 COMPANION_BYTES = 64 * 1000**2
 
@@ -127,14 +127,28 @@ def write_text(path: Path, text: str) -> None:
 def _write_shard(shard: Shard, contents: Mapping[str, Content], path: Path, progress: Progress) -> None:
     # Sorted by element size, so that every tensor is aligned; within a size in the plan's order.
     tensors = sorted(shard.tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
+    header = _header(tensors)
     with path.open("wb") as file:
-        file.write(_header(tensors))
+        file.write(header)
         file.flush()
+        position = len(header)
+        _reserve(file.fileno(), position + shard.num_bytes)
         for tensor in tensors:
             content = contents[tensor.name] if tensor.content is None else tensor.content
-            written = _write_content(file.fileno(), tensor, content, progress)
+            written = _write_content(file.fileno(), position, tensor, content, progress)
             assert written == tensor.num_bytes, f"{tensor.name}: wrote {written} of {tensor.num_bytes} bytes"
+            position += written
         os.fsync(file.fileno())
+
+
+def _reserve(out_fd: int, num_bytes: int) -> None:
+    """Reserve the file's space: a full disk shows before the first byte, and writing in any order is fast."""
+    try:
+        os.posix_fallocate(out_fd, 0, num_bytes)
+    except (AttributeError, OSError) as error:
+        # Not every system and file system can; without it the bytes go where they go.
+        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
 
 
 def _header(tensors: list[PlannedTensor]) -> bytes:
@@ -152,45 +166,44 @@ def _header(tensors: list[PlannedTensor]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_content(out_fd: int, tensor: PlannedTensor, content: Content, progress: Progress) -> int:
+def _write_content(out_fd: int, position: int, tensor: PlannedTensor, content: Content, progress: Progress) -> int:
+    """Write `content` at `position` of a file and return its bytes."""
     if isinstance(content, Tensor):
         assert tuple(content.shape) == tensor.shape, f"{tensor.name}: {tuple(content.shape)}, planned {tensor.shape}"
         flat = content.to(DTYPES[tensor.dtype]).contiguous().view(-1).view(torch.uint8)
-        _write_all(out_fd, memoryview(flat.numpy()))
+        _write_at(out_fd, memoryview(flat.numpy()), position)
         progress(flat.numel())
         return flat.numel()
-    written = 0
-    for _ in range(content.repeats):
-        for source, begin, num_bytes in content.spans:
-            with source.path.open("rb") as file:
-                _copy_bytes(file.fileno(), out_fd, source.offset + begin, num_bytes, progress)
-            written += num_bytes
-    return written
+    num_bytes = sum(span_bytes for _, _, span_bytes in content.spans)
+    for source, begin, span_bytes in content.spans:
+        with source.path.open("rb") as file:
+            _copy_span(file.fileno(), source.offset + begin, span_bytes, out_fd, position, content.repeats, num_bytes)
+        progress(span_bytes * content.repeats)
+        position += span_bytes
+    return num_bytes * content.repeats
 
 
-def _copy_bytes(in_fd: int, out_fd: int, offset: int, num_bytes: int, progress: Progress) -> None:
-    """Append `num_bytes` bytes from `offset` of one file to another, in the kernel where it can."""
-    end = offset + num_bytes
-    while offset < end:
-        count = min(BUFFER_BYTES, end - offset)
-        try:
-            copied = os.sendfile(out_fd, in_fd, offset, count)
-        except (AttributeError, OSError) as error:
-            # No sendfile on this system, or not between files; anything else (a full disk) is for the caller.
-            if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK):
-                raise
-            data = os.pread(in_fd, count, offset)
-            _write_all(out_fd, memoryview(data))
-            copied = len(data)
-        if copied == 0:
+def _copy_span(in_fd: int, offset: int, num_bytes: int, out_fd: int, position: int, repeats: int, stride: int) -> None:
+    """Copy bytes from `offset` to `position` and to the places `stride` bytes after, `repeats` in all.
+
+    Each byte is read once and written from the processor's cache, which is why the buffer is small: twice as fast as
+    letting the kernel copy the source again for every repeat.
+    """
+    buffer = memoryview(bytearray(min(BUFFER_BYTES, num_bytes)))
+    copied = 0
+    while copied < num_bytes:
+        count = os.preadv(in_fd, [buffer[: num_bytes - copied]], offset + copied)
+        if count == 0:
             raise OSError(errno.EIO, "the source file became shorter while it was read")
-        offset += copied
-        progress(copied)
+        for repeat in range(repeats):
+            _write_at(out_fd, buffer[:count], position + copied + repeat * stride)
+        copied += count
 
 
-def _write_all(out_fd: int, data: memoryview) -> None:
+def _write_at(out_fd: int, data: memoryview, position: int) -> None:
     while data:
-        data = data[os.write(out_fd, data) :]
+        written = os.pwrite(out_fd, data, position)
+        data, position = data[written:], position + written
 
 
 def _replaced_folder(out: Path) -> Path:
