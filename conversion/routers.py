@@ -85,8 +85,8 @@ def group_heads(similarity: Tensor, num_groups: int, group_size: int) -> list[li
     """Return `num_groups` groups of `group_size` different units, greedily the most alike together.
 
     A group starts with the most similar pair, then takes the unit with the highest mean similarity to it. Units that
-    served least come first, so each serves once before any serves twice; a pair that was together before starts no
-    other group, so that groups differ.
+    served least come first, so each serves once before any serves twice. A pair that was together before starts no
+    other group, and the last unit makes no group that is there already, as long as the units leave a choice.
 
     Args:
         similarity: [n, n], symmetric.
@@ -106,6 +106,8 @@ def group_heads(similarity: Tensor, num_groups: int, group_size: int) -> list[li
                 fresh = [pair for pair in pairs if pair not in together] or pairs
                 group.extend(max(fresh, key=lambda pair: scores[pair[0]][pair[1]]))
             else:
+                if len(group) == group_size - 1:
+                    candidates = [unit for unit in candidates if {*group, unit} not in map(set, groups)] or candidates
                 group.append(max(candidates, key=lambda unit: sum(scores[unit][member] for member in group)))
         for unit in group:
             uses[unit] += 1

@@ -1,0 +1,80 @@
+import dataclasses
+
+import pytest
+
+from upcycled_moe.common.settings import SettingsError
+from upcycled_moe.conversion.recipe import ConversionRecipe, build_recipe
+
+
+def test_later_layers_win():
+    recipe = build_recipe(("file", {"num_experts": 16, "seed": 3}), ("command line", {"seed": 7, "router": "linear"}))
+    assert (recipe.num_experts, recipe.seed, recipe.router) == (16, 7, "linear")
+    assert recipe.num_experts_per_tok == ConversionRecipe().num_experts_per_tok
+
+
+def test_the_settings_make_the_same_recipe_again():
+    recipe = ConversionRecipe(num_experts=16, mlp_only_layers=[0, 1], router_logit_std=1, calibration_data=["a.txt"])
+    assert build_recipe(("file", recipe.to_dict())) == recipe
+
+
+def test_every_setting_has_a_help_text():
+    for setting in dataclasses.fields(ConversionRecipe):
+        assert setting.metadata["help"], setting.name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_expert": 4}, "file: unknown key 'num_expert'; did you mean 'num_experts'?"),
+        ({"num_experts": "8"}, "num_experts='8': expected int."),
+        ({"num_experts": True}, "num_experts=True: expected int."),
+        ({"num_experts": 8.0}, "num_experts=8.0: expected int."),
+        ({"num_experts": None}, "num_experts=None: expected int."),
+        ({"num_routers": 2.5}, "num_routers=2.5: expected int or null."),
+        ({"router": "mixtures"}, "router='mixtures': expected 'linear' or 'mixture'."),
+        ({"router": ["linear"]}, "router=['linear']: expected 'linear' or 'mixture'."),
+        ({"calibration_data": "a.txt"}, "calibration_data='a.txt': expected a list of str."),
+        ({"mlp_only_layers": ["0"]}, "mlp_only_layers=['0']: expected a list of int."),
+        ({"router_logit_std": "1"}, "router_logit_std='1': expected float or null."),
+        ({"max_shard_size": 5}, "max_shard_size=5: expected str."),
+        ({"num_experts": 0}, "num_experts=0 must be at least 1."),
+        ({"num_routers": 0}, "num_routers=0 must be at least 1."),
+        ({"heads_per_router": -1}, "heads_per_router=-1 must be at least 1."),
+        ({"calibration_tokens": 0}, "calibration_tokens=0 must be at least 1."),
+        ({"calibration_tokens": 10}, "calibration_tokens=10 is less than one sequence of calibration_block_size=1024"),
+        ({"router": "linear", "num_routers": 4}, "num_routers has no meaning with router='linear'"),
+        ({"router": "linear", "heads_per_router": 4}, "heads_per_router has no meaning with router='linear'"),
+        ({"router": "linear", "router_pooling": "max"}, "router_pooling has no meaning with router='linear'"),
+        ({"router": "linear", "key_statistic": "mean"}, "key_statistic has no meaning with router='linear'"),
+        ({"router_logit_std": 1.0}, "router_logit_std is measured on text; give calibration_data."),
+        ({"router_logit_std": 0, "calibration_data": ["a"]}, "router_logit_std=0 must be above zero and finite."),
+        ({"router_logit_std": float("nan"), "calibration_data": ["a"]}, "must be above zero and finite."),
+        ({"router_logit_std": float("inf"), "calibration_data": ["a"]}, "must be above zero and finite."),
+    ],
+)
+def test_what_makes_no_recipe_is_refused(settings, message):
+    with pytest.raises(SettingsError) as error:
+        build_recipe(("file", settings))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("1", 1),
+        ("12B", 12),
+        ("500MB", 500 * 10**6),
+        ("5GB", 5 * 10**9),
+        ("1.5 gb", 15 * 10**8),
+        ("2KiB", 2048),
+        ("1TiB", 2**40),
+    ],
+)
+def test_shard_sizes(text, num_bytes):
+    assert ConversionRecipe(max_shard_size=text).max_shard_bytes == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GB", "five", "5XB", "5GBB", "0MB", "-1GB", "infGB", "nanGB", "1e999"])
+def test_what_is_no_shard_size_is_refused(text):
+    with pytest.raises(SettingsError, match=r"^max_shard_size="):
+        ConversionRecipe(max_shard_size=text)
