@@ -1,6 +1,8 @@
+import shutil
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.conversion.calibration import calibrate, calibration_blocks
@@ -20,7 +22,7 @@ def run(source, blocks, layers, *, attended=True, batch_size=3):
 
 @torch.no_grad()
 def naive_calibration(folder, blocks):
-    """Return mean keys [n, h], attended keys [n, h] and FFN inputs [T, H] of each layer, by loops over the whole model."""
+    """Return mean keys [n, h], attended keys [n, h] and FFN inputs [T, H] of each layer, from the whole model."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     config = model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -106,16 +108,13 @@ def test_half_precision_comes_near(dense, dtype):
 
 
 def test_blocks_are_the_packed_text(dense, mixture_recipe, text_file):
-    from transformers import AutoTokenizer
-
     folder = dense()
     blocks = calibration_blocks(open_source(str(folder)), mixture_recipe())
     assert blocks.shape == (8, 64)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert (
-        tokenizer.decode(blocks.flatten())
-        == text_file.read_text(encoding="utf-8")[: len(tokenizer.decode(blocks.flatten()))]
-    )
+    decoded = tokenizer.decode(blocks.flatten())
+    assert len(decoded) > 1000
+    assert text_file.read_text(encoding="utf-8").startswith(decoded)
 
 
 def test_too_little_text_is_refused(dense, mixture_recipe):
@@ -130,8 +129,6 @@ def test_a_tokenizer_of_another_model_is_refused(dense, mixture_recipe):
 
 
 def test_a_broken_tokenizer_is_refused(dense, mixture_recipe, tmp_path):
-    import shutil
-
     folder = shutil.copytree(dense(), tmp_path / "copy")
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(SettingsError, match="its tokenizer cannot be loaded"):
