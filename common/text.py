@@ -48,28 +48,35 @@ class TextStream(torch.utils.data.IterableDataset):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last document that was read; it fits in JSON."""
-        return {**self._state, "streams": [stream.state_dict() for stream in self.streams]}
+        return self._state
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Let iterations begin where `state` was taken, or with None at the beginning."""
         self._start = state or self._beginning()
 
     def __iter__(self) -> Iterator[dict[str, str]]:
-        is_exhausted = list(self._start["is_exhausted"])
-        for stream, state in zip(self.streams, self._start["streams"], strict=True):
-            stream.load_state_dict(state)
+        self._state = state = self._start
+        for stream, stream_state in zip(self.streams, state["streams"], strict=True):
+            stream.load_state_dict(stream_state)
         iterators = [iter(stream) for stream in self.streams]
-        turn = self._start["turn"]
-        while not all(is_exhausted):
-            if not is_exhausted[turn]:
-                document = next(iterators[turn], None)
-                is_exhausted[turn] = document is None
-                if document is not None:
-                    following = (turn + 1) % len(self.streams)
-                    self._state = {"turn": following, "is_exhausted": list(is_exhausted)}
-                    yield document
-            turn = (turn + 1) % len(self.streams)
-        self._state = {"turn": turn, "is_exhausted": is_exhausted}
+        while not all(state["is_exhausted"]):
+            turn = state["turn"]
+            document = None if state["is_exhausted"][turn] else next(iterators[turn], None)
+            # A new one each time: whoever was given the last one keeps it.
+            state = {
+                "turn": (turn + 1) % len(self.streams),
+                "is_exhausted": _replaced(state["is_exhausted"], turn, document is None),
+                "streams": state["streams"],
+            }
+            if document is not None:
+                state["streams"] = _replaced(state["streams"], turn, self.streams[turn].state_dict())
+            self._state = state
+            if document is not None:
+                yield document
+
+
+def _replaced(items: list, index: int, item: Any) -> list:
+    return [*items[:index], item, *items[index + 1 :]]
 
 
 def open_text(sources: Sequence[str], split: str = "train", text_column: str = "text") -> TextStream:

@@ -1,0 +1,84 @@
+"""Router figures against a count by hand, token for token."""
+
+import math
+
+import pytest
+import torch
+
+from upcycled_moe.common.routing import RouterStatistics, router_metrics
+
+
+NUM_TOKENS, NUM_EXPERTS, TOP_K = 37, 5, 2
+
+
+@pytest.fixture
+def router_logits():
+    return torch.randn(NUM_TOKENS, NUM_EXPERTS, generator=torch.Generator().manual_seed(0)) * 2
+
+
+def _naive(router_logits, top_k, weights=None):
+    counts, entropies, variances = [0] * router_logits.shape[1], [], []
+    for token, logits in enumerate(router_logits.double().tolist()):
+        if weights is not None and not weights[token]:
+            continue
+        total = sum(map(math.exp, logits))
+        entropies.append(-sum(math.exp(x) / total * math.log(math.exp(x) / total) for x in logits))
+        mean = sum(logits) / len(logits)
+        variances.append(sum((x - mean) ** 2 for x in logits) / len(logits))
+        for expert in sorted(range(len(logits)), key=lambda expert: -logits[expert])[:top_k]:
+            counts[expert] += 1
+    load = [count / sum(counts) for count in counts]
+    return {
+        "load": load,
+        "entropy": sum(entropies) / len(entropies),
+        "load_entropy": -sum(share * math.log(share) for share in load if share),
+        "max_violation": max(load) / (sum(load) / len(load)) - 1,
+        "dead_experts": counts.count(0),
+        "logit_std": math.sqrt(sum(variances) / len(variances)),
+    }
+
+
+def _assert_equal(metrics, expected):
+    assert metrics.keys() == expected.keys()
+    for name in metrics:
+        assert metrics[name] == pytest.approx(expected[name], abs=1e-6), name
+
+
+def test_metrics_equal_the_naive_count(router_logits):
+    _assert_equal(router_metrics(router_logits, TOP_K), _naive(router_logits, TOP_K))
+
+
+def test_padding_does_not_count(router_logits):
+    weights = (torch.arange(NUM_TOKENS) % 3 != 0).float()
+
+    _assert_equal(router_metrics(router_logits, TOP_K, weights), _naive(router_logits, TOP_K, weights))
+
+
+def test_balanced_and_collapsed_routing():
+    balanced = router_metrics(torch.eye(4), 1)
+    assert balanced["load"] == [0.25] * 4
+    assert balanced["max_violation"] == pytest.approx(0)
+    assert balanced["load_entropy"] == pytest.approx(math.log(4))
+
+    collapsed = router_metrics(torch.tensor([[1e4, 0.0, 0.0, 0.0]] * 3), 1)
+    assert collapsed["dead_experts"] == 3
+    assert collapsed["max_violation"] == pytest.approx(3)
+    assert collapsed["entropy"] == pytest.approx(0)
+    assert collapsed["load_entropy"] == pytest.approx(0)
+
+
+def test_batches_and_processes_add_up(router_logits):
+    first, second = (RouterStatistics(2, NUM_EXPERTS) for _ in range(2))
+    first.update([router_logits[:10], router_logits[20:]], TOP_K)
+    first.update([router_logits[10:15], router_logits[:1]], TOP_K)
+    second.update([router_logits[15:], router_logits[1:20]], TOP_K)
+
+    for metrics in first.unflatten(first.flatten() + second.flatten()).metrics():
+        _assert_equal(metrics, _naive(router_logits, TOP_K))
+
+
+def test_statistics_hold_no_graph(router_logits):
+    statistics = RouterStatistics(1, NUM_EXPERTS)
+    statistics.update([router_logits.requires_grad_()], TOP_K)
+
+    assert not statistics.flatten().requires_grad

@@ -1,0 +1,147 @@
+"""Streamed text: which files are read, in what order, and packing that loses no token and resumes anywhere."""
+
+import json
+
+import pytest
+
+from upcycled_moe.common.settings import SettingsError
+from upcycled_moe.common.text import open_text, pack_blocks
+
+
+class _Characters:
+    """A tokenizer whose tokens are code points, so that expectations can be written down."""
+
+    eos_token_id = 0
+
+    def __call__(self, texts, **kwargs):
+        return {"input_ids": [[ord(character) for character in text] for text in texts]}
+
+
+def _write_jsonl(path, texts, **columns):
+    path.write_text("".join(json.dumps({"text": text, **columns}) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def two_files(tmp_path):
+    return [
+        _write_jsonl(tmp_path / "math_train.jsonl", [f"m{i}" for i in range(5)]),
+        _write_jsonl(tmp_path / "code.jsonl", [f"c{i}" for i in range(2)]),
+    ]
+
+
+def test_files_take_turns_and_each_document_comes_once(two_files):
+    documents = list(open_text(two_files))
+
+    assert [document["text"] for document in documents] == ["m0", "c0", "m1", "c1", "m2", "m3", "m4"]
+    assert {document["text"][0]: document["domain"] for document in documents} == {"m": "math", "c": "code"}
+
+
+def test_a_domain_column_wins_over_the_file_name(tmp_path):
+    file = _write_jsonl(tmp_path / "mixed.jsonl", ["x"], domain="law")
+
+    assert list(open_text([file])) == [{"text": "x", "domain": "law"}]
+
+
+def test_a_folder_gives_the_files_of_one_split(tmp_path):
+    for name in ("a_train", "a_validation", "b"):
+        _write_jsonl(tmp_path / f"{name}.jsonl", [name])
+
+    assert [document["text"] for document in open_text([str(tmp_path)])] == ["a_train", "b"]
+    assert [document["text"] for document in open_text([str(tmp_path)], "validation")] == ["a_validation"]
+
+
+def test_txt_is_one_document_and_globs_are_expanded(tmp_path):
+    (tmp_path / "one.txt").write_text("first\n\nsecond")
+    (tmp_path / "two.txt").write_text("third")
+
+    texts = [document["text"] for document in open_text([str(tmp_path / "*.txt")])]
+    assert texts == ["first\n\nsecond", "third"]
+
+
+@pytest.mark.parametrize("interrupted_after", range(8))
+def test_documents_resume_after_any_of_them(two_files, interrupted_after):
+    expected = list(open_text(two_files))
+    stream = open_text(two_files)
+    iterator = iter(stream)
+    for _ in range(interrupted_after):
+        next(iterator, None)
+    state = json.loads(json.dumps(stream.state_dict()))
+
+    resumed = open_text(two_files)
+    resumed.load_state_dict(state)
+    assert list(resumed) == expected[interrupted_after:]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.jsonl", None, "no such file"),
+        ("table.csv", "a,b", "unknown kind"),
+        ("empty.jsonl", "", ""),
+        ("other.jsonl", '{"content": "x", "id": 1}\n', "no column 'text'; its columns are 'content', 'id'"),
+        ("number.jsonl", '{"text": 5}\n', "holds int"),
+        ("*.nothing", None, "no file matches"),
+    ],
+)
+def test_unusable_sources_are_one_clear_error(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+
+    with pytest.raises(SettingsError) as error:
+        open_text([str(tmp_path / name)])
+    assert name in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_packing_loses_no_token_but_the_last_incomplete_block(two_files):
+    stream = "".join(document["text"] + "\0" for document in open_text(two_files))
+    blocks = ["".join(map(chr, block["input_ids"])) for block in pack_blocks(open_text(two_files), _Characters(), 4)]
+
+    assert "".join(blocks) == stream[: len(blocks) * 4]
+    assert len(stream) - 4 * len(blocks) < 4
+    assert all(len(block) == 4 for block in blocks)
+
+
+def test_a_tokenizer_without_end_of_text_joins_documents_directly(two_files):
+    tokenizer = _Characters()
+    tokenizer.eos_token_id = None
+
+    assert "".join(map(chr, next(iter(pack_blocks(open_text(two_files), tokenizer, 4)))["input_ids"])) == "m0c0"
+
+
+def test_repeating_carries_what_is_left_over_into_the_next_pass(two_files):
+    stream = "".join(document["text"] + "\0" for document in open_text(two_files)) * 3
+    blocks = iter(pack_blocks(open_text(two_files), _Characters(), 4, repeat=True))
+
+    text = "".join("".join(map(chr, next(blocks)["input_ids"])) for _ in range(len(stream) // 4))
+    assert text == stream[: len(text)]
+
+
+@pytest.mark.parametrize("documents_per_batch", [1, 2, 32])
+@pytest.mark.parametrize("read_ahead", [0, 1, 3])
+def test_packing_resumes_at_any_block_however_far_the_reader_is_ahead(two_files, documents_per_batch, read_ahead):
+    def packed():
+        blocks = pack_blocks(open_text(two_files), _Characters(), 2, repeat=True)
+        blocks.DOCUMENTS_PER_BATCH = documents_per_batch
+        return blocks
+
+    expected = [block for _, block in zip(range(40), packed(), strict=False)]
+    for position in range(25):
+        blocks = packed()
+        iterator = iter(blocks)
+        for _ in range(position + read_ahead):
+            next(iterator)
+        state = json.loads(json.dumps(blocks.state_dict(position)))
+
+        resumed = packed()
+        resumed.load_state_dict(state)
+        assert [block for _, block in zip(range(10), resumed, strict=False)] == expected[position : position + 10]
+
+
+def test_a_position_not_reached_cannot_be_saved(two_files):
+    blocks = pack_blocks(open_text(two_files), _Characters(), 4)
+
+    with pytest.raises(ValueError, match="position after 3 blocks is not known"):
+        blocks.state_dict(3)
