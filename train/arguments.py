@@ -238,6 +238,11 @@ def _checked(name: str, value: Any, expected: Any) -> Any:
         return float(value)
     if isinstance(value, str) and expected == list[str]:
         return [value]
+    if isinstance(value, list) and expected == list[float]:
+        return [_checked(name, item, float) for item in value]
+    # YAML reads the `no` of save_strategy=no, report_to=no and the like as false.
+    if value is False and str in allowed and bool not in allowed:
+        return "no"
     try:
         if isinstance(value, bool) and bool not in allowed and Any not in allowed:
             raise TypeError

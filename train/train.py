@@ -19,6 +19,7 @@ Writes checkpoints, the final model with its tokenizer, and the resolved setting
 at run time, 2 wrong settings or input, 130 interrupted.
 """
 
+import atexit
 import os
 import sys
 from pathlib import Path
@@ -48,9 +49,8 @@ def main(argv: list[str]) -> int:
 
 
 def _fail(status: int, message: str) -> int:
-    # Every process meets the same error; one of each machine tells.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"train.py: {message}", file=sys.stderr)
+    # Of several processes each one tells: the first to end has the launcher stop the others.
+    print(f"train.py: {message}", file=sys.stderr)
     return status
 
 
@@ -124,5 +124,17 @@ def _announce(arguments: Arguments, checkpoint: str | None) -> None:
     (output_dir / CONFIG_FILE).write_text(settings, encoding="utf-8")
 
 
+def _exit(status: int) -> None:
+    """End the process now that all is written, without waiting for threads.
+
+    The interpreter's own shutdown can wait forever for a thread of a reader of the text (apache/arrow#45214), which
+    would hold all machines of a run.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    _exit(main(sys.argv[1:]))

@@ -1,0 +1,91 @@
+"""Real text, a tokenizer trained on it, and tiny checkpoints that share it."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from training_runs import PRETRAIN
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from modeling_upcycled_moe import UpcycledQwenMoeConfig, UpcycledQwenMoeForCausalLM
+from upcycled_moe.common.text import open_text
+
+
+SHAPE = {
+    "vocab_size": 384,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+
+@pytest.fixture(scope="session")
+def text_folder():
+    if not PRETRAIN.is_dir():
+        pytest.skip("the text in ../shared/data is not there")
+    return PRETRAIN
+
+
+@pytest.fixture(scope="session")
+def train_files(text_folder):
+    """Two small files, so that runs start soon."""
+    return [str(text_folder / f"{domain}_validation.parquet") for domain in ("math", "wiki")]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(train_files):
+    """Byte-level BPE as Qwen's, whose end-of-text token pads too."""
+    byte_pair_encoding = Tokenizer(models.BPE())
+    byte_pair_encoding.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_pair_encoding.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=SHAPE["vocab_size"],
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (document["text"] for _, document in zip(range(20), open_text(train_files), strict=False))
+    byte_pair_encoding.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=byte_pair_encoding, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+
+
+@pytest.fixture(scope="session")
+def moe_checkpoint(tmp_path_factory, tokenizer):
+    torch.manual_seed(0)
+    config = UpcycledQwenMoeConfig(
+        **SHAPE, num_experts=4, router_aux_loss_coef=0.05, router_z_loss_coef=0.01, mlp_only_layers=[0]
+    )
+    return _save(UpcycledQwenMoeForCausalLM(config), tokenizer, tmp_path_factory.mktemp("moe"))
+
+
+@pytest.fixture(scope="session")
+def dense_checkpoint(tmp_path_factory, tokenizer):
+    torch.manual_seed(0)
+    return _save(Qwen2ForCausalLM(Qwen2Config(**SHAPE)), tokenizer, tmp_path_factory.mktemp("dense"))
+
+
+def _save(model, tokenizer, folder):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(train_files):
+    """A short run on a CPU; tests add the model and the output folder."""
+    return {
+        "train_data": train_files,
+        "max_steps": 6,
+        "block_size": 64,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 5e-3,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }

@@ -1,0 +1,126 @@
+"""Settings are strict, and later ones win."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from training_runs import ROOT, TRAIN_SCRIPT, run_script
+
+from upcycled_moe.common.settings import SettingsError
+from upcycled_moe.train.arguments import parse_arguments, parse_command_line, resolved_settings
+
+
+REQUIRED = ["model_name_or_path=m", "output_dir=o", "train_data=t", "max_steps=10", "use_cpu=true", "report_to=none"]
+
+
+def test_command_line_forms_mean_the_same():
+    configs, settings = parse_command_line(
+        [
+            "--config",
+            "a.yaml",
+            "lr=1e-4",
+            "--block-size",
+            "64",
+            "--dtype=float32",
+            "--use_cpu",
+            "--train_data",
+            "a",
+            "b",
+        ]
+    )
+    assert configs == ["a.yaml"]
+    assert settings == {"lr": 1e-4, "block_size": 64, "dtype": "float32", "bf16": True, "train_data": ["a", "b"]}
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("block_size: 64\nlearning_rate: 1e-3\n")
+
+    arguments = parse_arguments([*REQUIRED, "--config", str(config), "learning_rate=2e-3"])
+    assert arguments.data.block_size == 64
+    assert arguments.training.learning_rate == 2e-3
+    assert arguments.training.adam_beta2 == 0.95
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["learning_rat=1"], "command line: unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        (["learning_rate=fast"], "learning_rate='fast' has the wrong type; expected float."),
+        (["block_size=1.5"], "block_size=1.5 has the wrong type; expected int."),
+        (["bf16=1"], "bf16=1 has the wrong type; expected bool."),
+        (["dtype=float8"], "expected one of 'auto', 'float32', 'bfloat16', 'float16'."),
+        (["eval_strategy=sometimes"], "sometimes is not a valid IntervalStrategy"),
+        (["lr_scheduler_type=cosine"], "set lr_decay_points=[]."),
+        (["lr_decay_points=[80]"], "lr_decay_points holds [80.0]"),
+        (["expected_processes=2"], "expected_processes=2, but 1 started"),
+        (["dataloader_num_workers=2"], "dataloader_num_workers=2: each worker would read all of the text"),
+        (["max_steps=5", "max_steps=6"], "max_steps is given twice"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["stray"], "'stray': expected key=value."),
+    ],
+)
+def test_wrong_settings_are_one_clear_line(arguments, message):
+    names = {argument.partition("=")[0] for argument in arguments}
+    required = [argument for argument in REQUIRED if argument.partition("=")[0] not in names]
+    with pytest.raises(SettingsError) as error:
+        parse_arguments([*required, *arguments])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("missing", ["model_name_or_path", "output_dir", "train_data", "max_steps"])
+def test_what_has_no_default_must_be_given(missing):
+    with pytest.raises(SettingsError, match=f"{missing} is missing"):
+        parse_arguments([argument for argument in REQUIRED if not argument.startswith(missing)])
+
+
+def test_no_is_a_word_and_not_a_truth_value():
+    assert parse_arguments([*REQUIRED, "save_strategy=no"]).training.save_strategy == "no"
+
+
+def test_tokens_per_step_sets_the_accumulation():
+    arguments = parse_arguments([*REQUIRED, "tokens_per_step=1024", "block_size=64", "per_device_train_batch_size=2"])
+    arguments.training.set_tokens_per_step(arguments.data.block_size)
+    assert arguments.training.gradient_accumulation_steps == 8
+
+    arguments = parse_arguments([*REQUIRED, "tokens_per_step=1000", "block_size=64"])
+    with pytest.raises(SettingsError, match="tokens_per_step=1000 is not a multiple of 64"):
+        arguments.training.set_tokens_per_step(arguments.data.block_size)
+
+
+def test_resolved_settings_are_a_config_file_of_the_same_run(tmp_path):
+    arguments = parse_arguments([*REQUIRED, "lr_decay_points=[0.5]", "save_steps=7"])
+    config = tmp_path / "resolved.yaml"
+    config.write_text(yaml.safe_dump(resolved_settings(arguments)))
+
+    again = parse_arguments(["--config", str(config)])
+    assert (again.model, again.data) == (arguments.model, arguments.data)
+    assert again.training.to_dict() == arguments.training.to_dict()
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "train" / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configs_have_known_keys_and_types(config):
+    overrides = [argument for argument in REQUIRED if not argument.startswith("max_steps")]
+    assert parse_arguments(["--config", str(config), *overrides, "bf16=false"]).training.max_steps > 0
+
+
+def test_help_does_not_wait_for_torch():
+    start = time.perf_counter()
+    result = subprocess.run([sys.executable, str(TRAIN_SCRIPT), "--help"], capture_output=True, text=True)
+
+    assert result.returncode == 0
+    assert "learning_rate" in result.stdout
+    assert time.perf_counter() - start < 2
+
+
+def test_the_script_ends_with_2_and_one_line(settings, moe_checkpoint, tmp_path):
+    settings |= {"model_name_or_path": moe_checkpoint, "output_dir": tmp_path / "out", "train_data": ["gone.parquet"]}
+    result = run_script(settings)
+
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("train.py: gone.parquet: no such file or folder")
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()

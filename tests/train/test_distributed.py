@@ -1,0 +1,117 @@
+"""Several processes train as one does on the same global batch, and save the same checkpoint."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import command_line, run_script
+
+from upcycled_moe.train.train import main
+
+
+pytestmark = pytest.mark.distributed
+
+FSDP_SCRIPT = Path(__file__).with_name("fsdp_on_cpu.py")
+# What `accelerate launch` sets from train/configs/accelerate/fsdp2.yaml.
+FSDP_ENVIRONMENT = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+}
+ROUTER_FIGURES = ("lm_loss", "loss", "router/aux_loss", "router/z_loss", "router/entropy", "router/max_violation")
+
+
+@pytest.fixture
+def settings(settings, moe_checkpoint, train_files):
+    # The router losses of the checkpoint have weights above zero; three blocks a domain do not share out evenly.
+    return {
+        **settings,
+        "model_name_or_path": moe_checkpoint,
+        "eval_data": train_files,
+        "max_eval_blocks": 3,
+        "per_device_eval_batch_size": 2,
+        "tokens_per_step": 256,
+        "logging_steps": 1,
+    }
+
+
+@pytest.fixture
+def one_process(settings, tmp_path):
+    output_dir = tmp_path / "one_process"
+    assert main(command_line({**settings, "output_dir": output_dir})) == 0
+    return output_dir
+
+
+def _log(output_dir):
+    return json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+
+
+def _assert_same_run(output_dir, reference):
+    for entry, expected in zip(_log(output_dir), _log(reference), strict=True):
+        assert entry["step"] == expected["step"]
+        for key in expected:
+            if key in ROUTER_FIGURES or key.startswith("router/layer_") or key.endswith(("_loss", "_perplexity")):
+                assert entry[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), (entry["step"], key)
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (output_dir, reference))
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_train_as_one(settings, one_process, tmp_path):
+    output_dir = tmp_path / "two_processes"
+    result = run_script({**settings, "output_dir": output_dir, "expected_processes": 2}, num_processes=2)
+
+    assert result.returncode == 0, result.stderr
+    assert "2 processes, 256 tokens a step" in result.stderr
+    _assert_same_run(output_dir, one_process)
+
+
+def test_sharded_processes_train_as_one_and_save_what_loads_anywhere(settings, one_process, tmp_path):
+    output_dir = tmp_path / "fsdp"
+    result = run_script(
+        {**settings, "output_dir": output_dir, "save_strategy": "steps", "save_steps": 3},
+        num_processes=2,
+        script=FSDP_SCRIPT,
+        **FSDP_ENVIRONMENT,
+    )
+    assert result.returncode == 0, result.stderr
+    _assert_same_run(output_dir, one_process)
+
+    for folder in (output_dir, output_dir / "checkpoint-6"):
+        config = json.loads((folder / "config.json").read_text())
+        assert len(config["auto_map"]) == 4
+        assert config["architectures"] == ["UpcycledQwenMoeForCausalLM"]
+        _load_as_remote_code(folder)
+
+    resumed = tmp_path / "resumed"
+    shutil.copytree(output_dir / "checkpoint-3", resumed / "checkpoint-3")
+    result = run_script(
+        {**settings, "output_dir": resumed, "resume_from_checkpoint": "last"},
+        num_processes=2,
+        script=FSDP_SCRIPT,
+        **FSDP_ENVIRONMENT,
+    )
+    assert result.returncode == 0, result.stderr
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (resumed, output_dir))
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def _load_as_remote_code(folder):
+    script = (
+        "import sys; sys.modules['modeling_upcycled_moe'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "newly initialized" not in result.stderr

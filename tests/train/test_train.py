@@ -1,0 +1,176 @@
+"""Whole runs of the script in one process: they learn, log what they promise, resume bit by bit, and save it all."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import command_line
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+
+from upcycled_moe.train.train import main
+
+
+def _train(settings, model, output_dir, **more):
+    assert main(command_line({**settings, "model_name_or_path": model, "output_dir": output_dir, **more})) == 0
+    return json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+
+
+def _assert_equal(first, second):
+    """Compare what checkpoints hold, tensor by tensor."""
+    assert type(first) is type(second)
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            _assert_equal(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        for one, other in zip(first, second, strict=True):
+            _assert_equal(one, other)
+    elif not callable(first) and type(first).__module__ != "numpy":
+        assert first == second
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory, moe_checkpoint, text_folder):
+    """A run of 30 steps with evaluation and TensorBoard, and its log."""
+    pytest.importorskip("tensorboard")
+    output_dir = tmp_path_factory.mktemp("short_run")
+    settings = {
+        "train_data": [str(text_folder)],
+        "eval_data": [str(text_folder)],
+        "max_eval_blocks": 3,
+        "max_steps": 30,
+        "block_size": 128,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 5,
+        "save_strategy": "no",
+        "report_to": "tensorboard",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return output_dir, _train(settings, moe_checkpoint, output_dir)
+
+
+def test_training_lowers_the_loss(short_run):
+    losses = [entry["lm_loss"] for entry in short_run[1] if "lm_loss" in entry]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_the_log_has_the_promised_figures(short_run):
+    logs = [entry for entry in short_run[1] if "lm_loss" in entry]
+    assert [entry["step"] for entry in logs] == [5, 10, 15, 20, 25, 30]
+    for entry in logs:
+        # The first layer is dense. The router losses weigh what the checkpoint says.
+        assert not any(key.startswith("router/layer_00") for key in entry)
+        loads = [entry[f"router/layer_01/load/expert_{expert:02d}"] for expert in range(4)]
+        assert sum(loads) == pytest.approx(1)
+        assert entry["router/layer_01/max_violation"] == pytest.approx(4 * max(loads) - 1)
+        assert entry["router/layer_01/dead_experts"] == loads.count(0)
+        assert 0 < entry["router/layer_01/entropy"] <= math.log(4) + 1e-6
+        assert entry["router/entropy"] == entry["router/layer_01/entropy"]
+        router_loss = 0.05 * entry["router/aux_loss"] + 0.01 * entry["router/z_loss"]
+        assert entry["loss"] == pytest.approx(entry["lm_loss"] + router_loss)
+        assert entry["tokens_per_second"] > 0
+
+
+def test_tensorboard_has_the_same_figures(short_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output_dir, logs = short_run
+    (run,) = (output_dir / "runs").iterdir()
+    events = EventAccumulator(str(run)).Reload()
+    for key in ("train/lm_loss", "train/router/layer_01/load/expert_03", "train/router/max_violation"):
+        logged = [entry[key.removeprefix("train/")] for entry in logs if "lm_loss" in entry]
+        assert [event.value for event in events.Scalars(key)] == pytest.approx(logged)
+    assert "eval/book_perplexity" in events.Tags()["scalars"]
+
+
+def test_evaluation_is_the_pure_loss_over_all_tokens_of_each_domain(short_run, text_folder):
+    from transformers import AutoTokenizer
+
+    from upcycled_moe.common.text import open_text, pack_blocks
+
+    output_dir, logs = short_run
+    metrics = {key: value for entry in logs for key, value in entry.items() if key.startswith("eval_")}
+    model = AutoModelForCausalLM.from_pretrained(output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(output_dir)
+
+    losses = {}
+    for domain in ("book", "code", "math", "science", "wiki"):
+        documents = open_text([str(text_folder / f"{domain}_validation.parquet")])
+        blocks = [
+            block["input_ids"] for _, block in zip(range(3), pack_blocks(documents, tokenizer, 128), strict=False)
+        ]
+        input_ids = torch.tensor(blocks)
+        with torch.no_grad():
+            losses[domain] = model(input_ids=input_ids, labels=input_ids).loss.item()
+        assert metrics[f"eval_{domain}_loss"] == pytest.approx(losses[domain], abs=1e-5)
+        assert metrics[f"eval_{domain}_perplexity"] == pytest.approx(math.exp(losses[domain]), rel=1e-4)
+    assert metrics["eval_loss"] == pytest.approx(sum(losses.values()) / 5, abs=1e-5)
+
+
+def test_the_saved_model_loads_as_remote_code_where_the_package_is_not_importable(short_run):
+    script = (
+        "import sys; sys.modules['modeling_upcycled_moe'] = None\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM\n"
+        "config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "assert len(config.auto_map) == 4, config.auto_map\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "assert model.model.layers[1].mlp.experts.gate_up_proj.shape == (4, 96, 32)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script, str(short_run[0])], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("position_is_saved", [True, False])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(settings, moe_checkpoint, tmp_path, position_is_saved):
+    # Noise on the router's input makes the state of the random generators count.
+    settings |= {"save_strategy": "steps", "save_steps": 3, "router_jitter_noise": 0.1, "tokens_per_step": 256}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    _train(settings, moe_checkpoint, whole)
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    if not position_is_saved:
+        (resumed / "checkpoint-3" / "data_position.json").unlink()
+    _train(settings, moe_checkpoint, resumed, resume_from_checkpoint="last")
+
+    start, one, other = (load_file(folder / "model.safetensors") for folder in (moe_checkpoint, whole, resumed))
+    _assert_equal(one, other)
+    assert not torch.equal(start["model.layers.1.mlp.experts.down_proj"], one["model.layers.1.mlp.experts.down_proj"])
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        states = [torch.load(folder / "checkpoint-6" / name, weights_only=False) for folder in (whole, resumed)]
+        _assert_equal(*states)
+    positions = [(folder / "checkpoint-6" / "data_position.json").read_text() for folder in (whole, resumed)]
+    assert positions[0] == positions[1]
+
+
+def test_resuming_with_another_global_batch_is_refused(settings, moe_checkpoint, tmp_path, capsys):
+    settings |= {"model_name_or_path": moe_checkpoint, "output_dir": tmp_path, "max_steps": 2}
+    assert main(command_line({**settings, "save_strategy": "steps", "save_steps": 1})) == 0
+
+    assert main(command_line({**settings, "per_device_train_batch_size": 1, "resume_from_checkpoint": "last"})) == 2
+    assert "was saved with blocks_per_step=2, this run has 1" in capsys.readouterr().err
+    assert main(command_line(settings)) == 2
+    assert "holds checkpoint-2 of an earlier run" in capsys.readouterr().err
+
+
+def test_a_dense_checkpoint_trains_without_router_figures(settings, dense_checkpoint, tmp_path):
+    logs = _train(settings, dense_checkpoint, tmp_path)
+
+    assert not any(key.startswith("router/") for entry in logs for key in entry)
+    assert logs[0]["lm_loss"] == logs[0]["loss"]
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), Qwen2ForCausalLM)
+
+
+def test_router_settings_need_a_model_with_routers(settings, dense_checkpoint, tmp_path, capsys):
+    settings |= {"model_name_or_path": dense_checkpoint, "output_dir": tmp_path, "router_z_loss_coef": 0.1}
+
+    assert main(command_line(settings)) == 2
+    assert "is a qwen2 model without it; leave it out." in capsys.readouterr().err

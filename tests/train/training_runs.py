@@ -1,0 +1,31 @@
+"""Running the training script, in this process or in others."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[2]
+PRETRAIN = ROOT / "../shared/data/pretrain"
+TRAIN_SCRIPT = ROOT / "train" / "train.py"
+
+
+def command_line(settings: dict) -> list[str]:
+    """Return `settings` as arguments of the script."""
+    lists = {name: "[" + ", ".join(value) + "]" for name, value in settings.items() if isinstance(value, list)}
+    return [f"{name}={value}" for name, value in {**settings, **lists}.items()]
+
+
+def run_script(settings: dict, *, num_processes: int | None = None, script=TRAIN_SCRIPT, **environment: str):
+    """Run the script in processes of its own, with torchrun if their number is given."""
+    launcher = [sys.executable]
+    if num_processes is not None:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    return subprocess.run(
+        [*launcher, str(script), *command_line(settings)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+    )
