@@ -150,7 +150,7 @@ class UpcycledQwenMoePreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: if the routers do not fold (`router_pooling="max"`, or several keys an expert).
         """
-        blocks = [module for module in self.modules() if isinstance(module, UpcycledQwenMoeSparseMoeBlock)]
+        blocks = self._moe_blocks()
         folded = [block.gate.fold() for block in blocks]
         self.config.router_type = "linear"
         self.config.num_routers = self.config.num_router_keys = self.config.router_head_dim = None
@@ -161,6 +161,10 @@ class UpcycledQwenMoePreTrainedModel(PreTrainedModel):
             router._forward_hooks.update(block.gate._forward_hooks)
             block.gate = router
         return self
+
+    def _moe_blocks(self) -> list[UpcycledQwenMoeSparseMoeBlock]:
+        """Return the MoE blocks, one for each MoE layer, in their order."""
+        return [module for module in self.modules() if isinstance(module, UpcycledQwenMoeSparseMoeBlock)]
 
     def _records_router_logits(self, labels: torch.Tensor | None, output_router_logits: bool) -> bool:
         """Whether the router losses are needed: asked for, or part of a training loss."""
@@ -179,9 +183,8 @@ class UpcycledQwenMoePreTrainedModel(PreTrainedModel):
             return {}
         coefficients = (self.config.router_aux_loss_coef, self.config.router_z_loss_coef)
         if self.training and torch.is_grad_enabled() and any(c > 0 for c in coefficients):
-            routers = [module for module in self.modules() if isinstance(module, TopKRouter)]
-            for router, logits in zip(routers, router_logits, strict=True):
-                if not logits.requires_grad and any(parameter.requires_grad for parameter in router.parameters()):
+            for block, logits in zip(self._moe_blocks(), router_logits, strict=True):
+                if not logits.requires_grad and any(parameter.requires_grad for parameter in block.gate.parameters()):
                     raise ValueError(
                         "The router losses have no gradient: gradient checkpointing with use_reentrant=True cuts them "
                         "off. Use use_reentrant=False, or set router_aux_loss_coef=0 and router_z_loss_coef=0."

@@ -308,6 +308,17 @@ def test_lora_on_attention_and_experts_trains_and_merges(make_moe, make_tokens, 
     }
 
 
+def test_lora_can_train_the_routers_whole_beside_its_adapters(make_moe, make_tokens):
+    """The adapted model holds each router twice, the frozen original and the trained copy."""
+    lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"])
+    adapted = get_peft_model(make_moe(router_aux_loss_coef=0.3), lora)
+
+    _, trained = train_step_gradients(adapted, make_tokens())
+
+    routers = [name for name, gradient in trained.items() if ".gate." in name and gradient.abs().max() > 0]
+    assert len(routers) == 2 * 3  # the queries and keys of three layers
+
+
 @pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
 def test_bfloat16_trains_and_stays_close(make_moe, make_tokens, fields):
     model = make_moe(router_z_loss_coef=0.1, **fields)
