@@ -4,7 +4,6 @@ Every step is a command that a user would type; it is printed before it runs. Ne
 """
 
 import argparse
-import json
 import shlex
 import shutil
 import subprocess
@@ -24,6 +23,10 @@ VALIDATION_TEXT = sorted(TEXT.glob("*_validation.txt"))
 PROMPT = "Alice was"
 
 
+class DemoError(RuntimeError):
+    """A step failed."""
+
+
 @dataclass(frozen=True)
 class Size:
     """How much the demo trains."""
@@ -39,14 +42,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: runs/demo)")
     parser.add_argument("--steps", type=int, help="train each model for so many steps only")
     options = parser.parse_args()
+    if options.steps is not None and options.steps < 10:
+        parser.error(f"--steps {options.steps}: the first evaluation is after 10 steps; train for at least as many.")
     size = Size() if options.steps is None else replace(Size(), dense_steps=options.steps, moe_steps=options.steps)
     if options.out.exists() and not (options.out / "parent").is_dir() and any(options.out.iterdir()):
         parser.error(f"{options.out} holds something else; give another folder.")
     shutil.rmtree(options.out, ignore_errors=True)
     try:
         run(options.out, size)
-    except subprocess.CalledProcessError as error:
-        print(f"demo: the last command failed with status {error.returncode}.", file=sys.stderr)
+    except DemoError as error:
+        print(f"demo: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -90,26 +95,41 @@ def calibration(size: Size) -> list[str]:
 def train(config: str, start: Path, out: Path, num_steps: int) -> None:
     """Train the checkpoint `start` into `out` by one of the demo's two training configurations."""
     script = Path(str(files("upcycled_moe.train"))) / "train.py"
+    log = out.with_name(f"{out.name}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
     command(
-        [sys.executable, str(script), "--config", str(FOLDER / f"train_{config}.yaml")],
-        [f"model_name_or_path={start}", f"output_dir={out}", f"max_steps={num_steps}"],
-        [f"train_data={json.dumps(list(map(str, TRAIN_TEXT)))}"],
-        [f"eval_data={json.dumps(list(map(str, VALIDATION_TEXT)))}"],
+        [
+            *(sys.executable, str(script), "--config", str(FOLDER / f"train_{config}.yaml")),
+            *(f"model_name_or_path={start}", f"output_dir={out}", f"max_steps={num_steps}"),
+            *("--train-data", *map(str, TRAIN_TEXT), "--eval-data", *map(str, VALIDATION_TEXT)),
+        ],
+        log,
     )
+    print(log.read_text(encoding="utf-8").splitlines()[-1])
 
 
 def upcycled_moe(*arguments: str) -> None:
     """Run a command of `upcycled-moe`."""
-    command([sys.executable, "-m", "upcycled_moe.cli.main"], list(arguments))
+    command([sys.executable, "-m", "upcycled_moe.cli.main", *arguments])
 
 
-def command(*parts: list[str]) -> None:
-    """Print a command as a user would type it, and run it."""
-    arguments = [argument for part in parts for argument in part]
+def command(arguments: list[str], log: Path | None = None) -> None:
+    """Print a command as a user would type it, and run it; with `log`, what it prints goes there.
+
+    Raises:
+        DemoError: if it fails.
+    """
     shown = shlex.join(arguments).replace(f"{sys.executable} -m upcycled_moe.cli.main", "upcycled-moe")
     shown = shown.replace(sys.executable, "python").replace(f"{Path.cwd()}/", "")
-    print(f"\n$ {shown}", flush=True)
-    subprocess.run(arguments, check=True)
+    print(f"\n$ {shown}" + (f" > {log}" if log else ""), flush=True)
+    if log is None:
+        result = subprocess.run(arguments)
+    else:
+        with log.open("w", encoding="utf-8") as file:
+            result = subprocess.run(arguments, stdout=file, stderr=subprocess.STDOUT)
+    if result.returncode != 0:
+        where = f"; see the end of {log}" if log else ""
+        raise DemoError(f"the last command failed with status {result.returncode}{where}.")
 
 
 def generate(model: TrainedModel, prompt: str) -> str:

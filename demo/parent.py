@@ -12,7 +12,9 @@ def write_parent(folder: Path, text_files: Sequence[Path], seed: int = 0) -> Non
     """Write an untrained Qwen2 checkpoint: small, but with what real ones have: GQA, tied embeddings."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM, set_seed
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = train_tokenizer(text_files)
     config = Qwen2Config(
         vocab_size=VOCAB_SIZE,

@@ -1,6 +1,7 @@
 """The demo's table and pictures, from the logs that training wrote."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,16 @@ def print_table(parent: TrainedModel, trained: list[TrainedModel]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="\nAfter training on the same tokens", title_justify="left")
-    domains = sorted(
-        key.removeprefix("eval_").removesuffix("_perplexity")
-        for key in trained[0].log[-1] | _merged(trained[0].log)
-        if key.startswith("eval_") and key.endswith("_perplexity") and key != "eval_perplexity"
+    merged: dict[str, Any] = {}
+    for entry in trained[0].log:
+        merged |= entry
+    domains = sorted(match[1] for key in merged if (match := re.fullmatch(r"eval_(\w+)_perplexity", key)))
+    table = Table(
+        title="\nValidation loss (nats per token), perplexity by book, and the routers", title_justify="left"
     )
-    table.add_column("Model")
-    columns = ["Validation loss", *(f"Perplexity, {domain}" for domain in domains)]
-    for column in [*columns, "Load, most ÷ mean", "Routing entropy"]:
-        table.add_column(column, justify="right")
+    table.add_column("Model", no_wrap=True)
+    for column in ["Loss", *domains, "Load, most ÷ mean", "Entropy"]:
+        table.add_column(column, justify="right", no_wrap=True)
     for model in [parent, *trained]:
         violation, entropy = model.last("router/max_violation"), model.last("router/entropy")
         table.add_row(
@@ -77,13 +78,6 @@ def write_plots(parent: TrainedModel, trained: list[TrainedModel], folder: Path)
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     return [_plot_losses(parent, trained, folder / "loss.png"), _plot_loads(trained, folder / "expert_load.png")]
-
-
-def _merged(log: list[dict[str, Any]]) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    for entry in log:
-        merged |= entry
-    return merged
 
 
 def _plot_losses(parent: TrainedModel, trained: list[TrainedModel], path: Path) -> Path:
