@@ -31,7 +31,7 @@ def test_command_line_forms_mean_the_same():
         ]
     )
     assert configs == ["a.yaml"]
-    assert settings == {"lr": 1e-4, "block_size": 64, "dtype": "float32", "bf16": True, "train_data": ["a", "b"]}
+    assert settings == {"lr": 1e-4, "block_size": 64, "dtype": "float32", "use_cpu": True, "train_data": ["a", "b"]}
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
