@@ -64,7 +64,7 @@ def render_card(plan: ConversionPlan, reports: list[RouterReport] | None) -> str
         "balanced_load": f"{1 / config.num_experts:.3f}",
     }
     template = files("upcycled_moe.model_cards").joinpath("template.md").read_text(encoding="utf-8")
-    return str(ModelCard.from_template(card_data, template_str=template, **values))
+    return str(ModelCard.from_template(card_data, template_str=template, **values)).rstrip() + "\n"
 
 
 def _is_hub_id(name: str) -> bool:

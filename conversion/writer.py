@@ -108,7 +108,7 @@ def write_weights(
         try:
             _write_shard(shard, contents, path, progress)
         except OSError as error:
-            # `write` and `sendfile` do not say which file they failed on.
+            # Writing to a descriptor does not say which file it failed on.
             error.filename = error.filename or str(path)
             raise
     if len(plan.shards) > 1:
@@ -177,14 +177,20 @@ def _write_content(out_fd: int, position: int, tensor: PlannedTensor, content: C
     num_bytes = sum(span_bytes for _, _, span_bytes in content.spans)
     for source, begin, span_bytes in content.spans:
         with source.path.open("rb") as file:
-            _copy_span(file.fileno(), source.offset + begin, span_bytes, out_fd, position, content.repeats, num_bytes)
-        progress(span_bytes * content.repeats)
+            for copied in _copy_span(
+                file.fileno(), source.offset + begin, span_bytes, out_fd, position, content.repeats, num_bytes
+            ):
+                progress(copied)
         position += span_bytes
     return num_bytes * content.repeats
 
 
-def _copy_span(in_fd: int, offset: int, num_bytes: int, out_fd: int, position: int, repeats: int, stride: int) -> None:
+def _copy_span(
+    in_fd: int, offset: int, num_bytes: int, out_fd: int, position: int, repeats: int, stride: int
+) -> Iterator[int]:
     """Copy bytes from `offset` to `position` and to the places `stride` bytes after, `repeats` in all.
+
+    Yields the bytes just written.
 
     Each byte is read once and written from the processor's cache, which is why the buffer is small: twice as fast as
     letting the kernel copy the source again for every repeat.
@@ -198,6 +204,7 @@ def _copy_span(in_fd: int, offset: int, num_bytes: int, out_fd: int, position: i
         for repeat in range(repeats):
             _write_at(out_fd, buffer[:count], position + copied + repeat * stride)
         copied += count
+        yield count * repeats
 
 
 def _write_at(out_fd: int, data: memoryview, position: int) -> None:

@@ -1,0 +1,79 @@
+import re
+import shutil
+
+import pytest
+from huggingface_hub import ModelCard
+
+from upcycled_moe.conversion.convert import convert
+from upcycled_moe.conversion.numbers import format_bytes, format_count
+from upcycled_moe.conversion.plan import build_plan
+from upcycled_moe.conversion.source import DenseSource, open_source
+
+
+def test_the_card_has_the_reports_figures(dense, mixture_recipe, tmp_path):
+    result = convert(open_source(str(dense())), mixture_recipe(), tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    assert {"moe", "custom_code", "arxiv:2509.00679"} <= set(card.data.tags)
+    assert card.data.license is None
+    rows = re.findall(r"^\| (\d+) \| (\S+) \| (\S+) \| (\S+) \| (\S+) \| (\d+) \|$", card.text, flags=re.MULTILINE)
+    assert rows == [
+        (
+            str(report.layer),
+            f"{report.logit_std:.3g}",
+            f"{report.entropy:.3f}",
+            f"{min(report.load):.3f}",
+            f"{max(report.load):.3f}",
+            str(report.dead_experts),
+        )
+        for report in result.routers
+    ]
+    plan = result.plan
+    assert f"{format_count(plan.total_parameters)} in all, {format_count(plan.active_parameters)} active" in card.text
+    assert f"F32, {format_bytes(plan.num_bytes)}" in card.text
+    assert "On 512 tokens of `sample.txt`" in card.text
+    assert "4 routers of 1 query head, 4 attended keys" in card.text
+
+
+@pytest.mark.parametrize("router", ["linear", "mixture"])
+def test_no_template_mark_is_left(dense, mixture_recipe, linear_recipe, tmp_path, router):
+    recipe = linear_recipe() if router == "linear" else mixture_recipe()
+    convert(open_source(str(dense("qwen3"))), recipe, tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert not re.search(r"\{[{%]|[%}]\}\s*$|None", text)
+    assert "\n\n\n" not in text
+    assert text.endswith("\n")
+    assert ("What the fresh routers do" in text) == (router == "mixture")
+
+
+@pytest.mark.parametrize(
+    ("parent_card", "expected"),
+    [
+        ("---\nlicense: apache-2.0\nlanguage:\n- en\n---\n# Dense\n", {"license": "apache-2.0", "language": ["en"]}),
+        (
+            "---\nlicense: other\nlicense_name: qwen-research\nlicense_link: https://example.org/LICENSE\n---\n",
+            {"license": "other", "license_name": "qwen-research", "license_link": "https://example.org/LICENSE"},
+        ),
+        ("# Dense\n\nlicense: none of the front matter\n", {"license": None}),
+        ("---\nlicense: [\n---\n", {"license": None}),
+    ],
+    ids=["apache", "other", "no front matter", "broken"],
+)
+def test_the_licence_is_the_parents(dense, linear_recipe, tmp_path, parent_card, expected):
+    folder = shutil.copytree(dense(), tmp_path / "dense")
+    (folder / "README.md").write_text(parent_card, encoding="utf-8")
+    convert(open_source(str(folder)), linear_recipe(), tmp_path / "out")
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert {name: data.get(name) for name in expected} == expected
+
+
+def test_a_parent_on_the_hub_is_linked(dense, linear_recipe):
+    from upcycled_moe.conversion.card import render_card
+
+    local = open_source(str(dense()))
+    source = DenseSource("Qwen/Qwen2.5-0.5B", local.folder, "0123abc", local.config, local.tensors)
+    card = ModelCard(render_card(build_plan(source, linear_recipe()), None))
+    assert card.data.base_model == "Qwen/Qwen2.5-0.5B"
+    assert "[Qwen/Qwen2.5-0.5B](https://huggingface.co/Qwen/Qwen2.5-0.5B)" in card.text
+    assert card.text.startswith("\n# Qwen2.5-0.5B-4x-MoE") or card.text.startswith("# Qwen2.5-0.5B-4x-MoE")

@@ -1,0 +1,259 @@
+import errno
+import os
+import shutil
+import subprocess
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from dense_checkpoints import folder_hashes
+
+from upcycled_moe.conversion import writer
+from upcycled_moe.conversion.convert import convert
+from upcycled_moe.conversion.experts import FileBytes
+from upcycled_moe.conversion.plan import PlannedTensor, build_plan
+from upcycled_moe.conversion.source import open_source
+from upcycled_moe.conversion.writer import OutputError, check_output, staged, write_weights
+
+
+@pytest.fixture
+def plan(dense, linear_recipe):
+    return build_plan(open_source(str(dense())), linear_recipe(max_shard_size="200KB"))
+
+
+@pytest.fixture
+def contents(plan):
+    return {tensor.name: torch.ones(tensor.shape) for tensor in plan.tensors if tensor.content is None}
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_output_appears_only_when_all_went_well(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with staged(out) as folder:
+        (folder / "file").write_text("new", encoding="utf-8")
+        assert not out.exists()
+    assert entries(tmp_path / "deep") == ["out"]
+    assert (out / "file").read_text(encoding="utf-8") == "new"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_error_leaves_what_was_there(tmp_path, error):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+
+    def write_and_fail():
+        with staged(out) as folder:
+            (folder / "new").touch()
+            raise error
+
+    with pytest.raises(error):
+        write_and_fail()
+    assert entries(tmp_path) == ["out"]
+    assert entries(out) == ["old"]
+
+
+def test_an_output_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    replace = os.replace
+
+    def fail_to_move_in(source, target):
+        if Path(source).parent.name == "out.partial":
+            raise OSError(errno.EIO, "no more")
+        replace(source, target)
+
+    monkeypatch.setattr(writer.os, "replace", fail_to_move_in)
+    with pytest.raises(OSError, match="no more"), staged(out) as folder:
+        (folder / "new").touch()
+    assert entries(tmp_path) == ["out"]
+    assert entries(out) == ["old"]
+
+
+def test_leftovers_of_a_killed_run_are_cleared(tmp_path):
+    (tmp_path / "out.partial" / "out").mkdir(parents=True)
+    (tmp_path / "out.partial" / "out" / "half").touch()
+    with staged(tmp_path / "out") as folder:
+        (folder / "whole").touch()
+    assert entries(tmp_path) == ["out"]
+    assert entries(tmp_path / "out") == ["whole"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_old_output_that_was_moved_away_comes_back_first(tmp_path, fails):
+    (tmp_path / "out.replaced").mkdir()
+    (tmp_path / "out.replaced" / "old").touch()
+    try:
+        with staged(tmp_path / "out") as folder:
+            assert entries(tmp_path / "out") == ["old"]
+            (folder / "new").touch()
+            if fails:
+                raise ValueError
+    except ValueError:
+        assert fails
+    assert entries(tmp_path) == ["out"]
+    assert entries(tmp_path / "out") == (["old"] if fails else ["new"])
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with staged(tmp_path / "link") as folder:
+        (folder / "new").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert entries(tmp_path / "target") == ["new"]
+
+
+def test_progress_counts_every_byte_once(plan, contents, tmp_path):
+    advances = []
+    write_weights(plan, contents, tmp_path, advances.append)
+    assert sum(advances) == plan.num_bytes
+
+
+@pytest.mark.parametrize("buffer_bytes", [1, 1000, 2**20])
+def test_the_bytes_do_not_depend_on_the_buffer(dense, tmp_path, monkeypatch, buffer_bytes):
+    tensors = open_source(str(dense())).layer(0)
+    gate, up = tensors["mlp.gate_proj.weight"], tensors["mlp.up_proj.weight"]
+    content = FileBytes(((gate, 0, 700), (up, 1400, 1300)), repeats=3)
+    monkeypatch.setattr(writer, "BUFFER_BYTES", buffer_bytes)
+    advances = []
+    with (tmp_path / "file").open("wb") as file:
+        planned = PlannedTensor("experts", "F32", (3, 500), content)
+        assert writer._write_content(file.fileno(), 10, planned, content, advances.append) == 6000
+    one = gate.path.read_bytes()[gate.offset :][:700] + up.path.read_bytes()[up.offset + 1400 :][:1300]
+    assert (tmp_path / "file").read_bytes() == bytes(10) + one * 3
+    assert sum(advances) == 6000
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_space_that_cannot_be_reserved_changes_nothing(plan, contents, tmp_path, monkeypatch, number):
+    for name in ("with", "without"):
+        (tmp_path / name).mkdir()
+    write_weights(plan, contents, tmp_path / "with")
+
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(writer.os, "posix_fallocate", refuse)
+    write_weights(plan, contents, tmp_path / "without")
+    assert folder_hashes(tmp_path / "with") == folder_hashes(tmp_path / "without")
+
+
+def test_a_source_that_became_shorter_is_an_error(dense, linear_recipe, tmp_path):
+    folder = shutil.copytree(dense(), tmp_path / "dense")
+    source = open_source(str(folder))
+    os.truncate(folder / "model.safetensors", 50_000)
+    with pytest.raises(OSError, match="the source file became shorter while it was read"):
+        convert(source, linear_recipe(), tmp_path / "out")
+    assert entries(tmp_path) == ["dense"]
+
+
+@pytest.mark.parametrize("failing_open", ["streamed", "computed"])
+def test_a_full_device_is_an_error_that_names_the_file(plan, contents, monkeypatch, failing_open, tmp_path):
+    """`/dev/full` answers every write with the kernel's own ENOSPC."""
+    streamed = next(tensor for tensor in plan.tensors if isinstance(tensor.content, FileBytes))
+    computed = next(tensor for tensor in plan.tensors if tensor.content is None)
+    tensor = streamed if failing_open == "streamed" else computed
+    content = tensor.content or contents[tensor.name]
+    with Path("/dev/full").open("wb") as full, pytest.raises(OSError, match="No space left") as error:
+        writer._write_content(full.fileno(), 0, tensor, content, lambda num_bytes: None)
+    assert error.value.errno == errno.ENOSPC
+
+    def full_device(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "_write_content", full_device)
+    with pytest.raises(OSError, match=r"No space left on device: .*model-00001-of-\d+\.safetensors"):
+        write_weights(plan, contents, tmp_path)
+
+
+def test_a_disk_that_fills_up_leaves_nothing(dense, linear_recipe, tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here; it needs the administrator's rights")
+    try:
+        # The disk looks large at the check and is full later, as when others write to it too.
+        usage = namedtuple("usage", "total used free")(10**12, 0, 10**12)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(OSError, match="No space left on device") as error:
+            convert(open_source(str(dense())), linear_recipe(), disk / "out")
+        assert error.value.errno == errno.ENOSPC
+        assert entries(disk) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_too_little_free_space_is_noticed_before_the_first_byte(plan, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")(10**12, 0, plan.num_bytes)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OutputError, match=r"needs 65\.\d MB, 1\.\d+ MB are free on its disk; make room"):
+        convert(plan.source, plan.recipe, tmp_path / "new" / "out")
+    assert entries(tmp_path) == []
+
+
+def test_what_a_killed_run_left_counts_as_free(plan, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")(10**12, 0, 64 * 10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "half").write_bytes(bytes(plan.num_bytes))
+    check_output(plan, tmp_path / "out", overwrite=False)
+    (tmp_path / "out.partial" / "half").unlink()
+    with pytest.raises(OutputError, match="make room"):
+        check_output(plan, tmp_path / "out", overwrite=False)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_in_use_is_not_written_over(plan, tmp_path, overwrite):
+    out = tmp_path / "out"
+    out.mkdir()
+    check_output(plan, out, overwrite)
+    (out / "file").touch()
+    if overwrite:
+        check_output(plan, out, overwrite)
+    else:
+        with pytest.raises(OutputError, match="exists and is not empty; give another folder, or --overwrite"):
+            check_output(plan, out, overwrite)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_outputs_that_would_destroy_something(dense, mixture_recipe, tmp_path, monkeypatch, overwrite):
+    folder = shutil.copytree(dense(), tmp_path / "models" / "dense")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "text.txt").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "work" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work" / "here")
+    plan = build_plan(
+        open_source(str(folder)), mixture_recipe(calibration_data=[str(tmp_path / "texts" / "text.txt")])
+    )
+    for out, message in {
+        folder: "is the dense model itself",
+        tmp_path / "link": "is the dense model itself",
+        tmp_path / "models": "which replacing it would delete",
+        tmp_path / "texts": "which replacing it would delete",
+        tmp_path / "work": "which replacing it would delete",
+        Path(): "which replacing it would delete",
+        tmp_path / "file": "is a file; give a folder that does not exist yet",
+        tmp_path / "file" / "out": "is a file; give a folder that can be made",
+    }.items():
+        with pytest.raises(OutputError, match=message):
+            check_output(plan, out, overwrite)
+
+
+def test_a_parent_without_permission_to_write(plan, tmp_path, monkeypatch):
+    parent = tmp_path / "parent"
+    parent.mkdir(mode=0o500)
+    if os.access(parent, os.W_OK):
+        # The administrator may write everywhere; ask as somebody else would be answered.
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != parent)
+    with pytest.raises(OutputError, match=rf"no permission to write in {parent}"):
+        check_output(plan, parent / "new" / "out", overwrite=False)
+    assert entries(parent) == []
