@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from modeling_upcycled_moe import UpcycledQwenMoeConfig
 
 from ..common.settings import SettingsError
+from ..common.text import find_files
 from .experts import EXPERTS, FileBytes
 from .recipe import ConversionRecipe
 from .routers import head_split
@@ -156,7 +157,7 @@ def build_plan(source: DenseSource, recipe: ConversionRecipe) -> ConversionPlan:
     """Return the plan for converting `source` by `recipe`.
 
     Raises:
-        SettingsError: if the recipe does not fit the source, or asks for text that it does not name.
+        SettingsError: if the recipe does not fit the source, or asks for text that it does not name or that is absent.
     """
     if recipe.router == "mixture" and not recipe.calibration_data:
         raise SettingsError(
@@ -169,6 +170,8 @@ def build_plan(source: DenseSource, recipe: ConversionRecipe) -> ConversionPlan:
             f"calibration_block_size={recipe.calibration_block_size} exceeds the model's "
             f"max_position_embeddings={source.config.max_position_embeddings}; lower it."
         )
+    for name in recipe.calibration_data:
+        find_files(name, recipe.calibration_split)
     config = build_config(source, recipe)
     return ConversionPlan(source, recipe, config, _shards(_planned_tensors(source, recipe, config), recipe))
 

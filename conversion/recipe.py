@@ -82,6 +82,10 @@ class ConversionRecipe:
                 f"calibration_tokens={self.calibration_tokens} is less than one sequence of "
                 f"calibration_block_size={self.calibration_block_size}; raise the one or lower the other."
             )
+        if not self.calibration_data:
+            for setting in dataclasses.fields(self):
+                if setting.name.startswith("calibration_") and getattr(self, setting.name) != _default(setting):
+                    raise SettingsError(f"{setting.name} has no meaning without calibration_data; give both or none.")
         self.max_shard_bytes  # noqa: B018 - refuses a size that cannot be read
 
     @property
@@ -121,6 +125,10 @@ def build_recipe(*layers: tuple[str, Mapping[str, Any]]) -> ConversionRecipe:
         check_keys(settings, names, where)
         merged |= settings
     return ConversionRecipe(**merged)
+
+
+def _default(setting: dataclasses.Field) -> Any:
+    return setting.default if setting.default_factory is dataclasses.MISSING else setting.default_factory()
 
 
 def allowed_types(annotation: Any) -> tuple[Any, ...]:

@@ -90,7 +90,7 @@ def write_header_only(folder, config, dtype="BF16"):
     config.save_pretrained(folder)
 
 
-def test_the_papers_model_has_the_papers_size(tmp_path):
+def test_the_papers_model_has_the_papers_size(tmp_path, text_file):
     """Qwen1.5-0.5B with 8 experts, 2 active: 2.1 billion parameters, 0.8 billion active (embedding and head apart)."""
     config = Qwen2Config(
         vocab_size=151936,
@@ -104,7 +104,7 @@ def test_the_papers_model_has_the_papers_size(tmp_path):
     )
     write_header_only(tmp_path, config)
     (tmp_path / "tokenizer.json").touch()
-    plan = build_plan(open_source(str(tmp_path)), ConversionRecipe(calibration_data=["text.txt"]))
+    plan = build_plan(open_source(str(tmp_path)), ConversionRecipe(calibration_data=[str(text_file)]))
 
     embedding, attention, ffn = 151936 * 1024, 4 * 1024 * 1024 + 3 * 1024, 3 * 1024 * 2816
     router = 8 * 128 * 1024 + 8 * 128

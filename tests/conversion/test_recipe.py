@@ -46,6 +46,11 @@ def test_every_setting_has_a_help_text():
         ({"router": "linear", "heads_per_router": 4}, "heads_per_router has no meaning with router='linear'"),
         ({"router": "linear", "router_pooling": "max"}, "router_pooling has no meaning with router='linear'"),
         ({"router": "linear", "key_statistic": "mean"}, "key_statistic has no meaning with router='linear'"),
+        (
+            {"calibration_tokens": 2048},
+            "calibration_tokens has no meaning without calibration_data; give both or none.",
+        ),
+        ({"calibration_split": "test"}, "calibration_split has no meaning without calibration_data"),
         ({"router_logit_std": 1.0}, "router_logit_std is measured on text; give calibration_data."),
         ({"router_logit_std": 0, "calibration_data": ["a"]}, "router_logit_std=0 must be above zero and finite."),
         ({"router_logit_std": float("nan"), "calibration_data": ["a"]}, "must be above zero and finite."),

@@ -1,0 +1,255 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dense_checkpoints import folder_hashes
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture
+def calibration(text_file):
+    """Options that calibrate on 512 tokens of the text."""
+    return [
+        *("--calibration-data", text_file),
+        *("--calibration-tokens", 512),
+        *("--calibration-block-size", 64),
+        *("--num-experts", 4),
+    ]
+
+
+@pytest.fixture(scope="module")
+def converted(dense, tmp_path_factory):
+    """A conversion that no test writes into."""
+    from upcycled_moe.conversion.convert import convert
+    from upcycled_moe.conversion.recipe import ConversionRecipe
+    from upcycled_moe.conversion.source import open_source
+
+    out = tmp_path_factory.mktemp("moe") / "out"
+    convert(open_source(str(dense)), ConversionRecipe(router="linear", num_experts=4), out)
+    return out
+
+
+@pytest.mark.parametrize("command", ["plan", "convert"])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_plan_writes_nothing(upcycled_moe, dense, calibration, tmp_path, monkeypatch, command, as_json):
+    source = shutil.copytree(dense, tmp_path / "dense")
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    options = (["--dry-run"] if command == "convert" else []) + (["--json"] if as_json else [])
+    status, out, err = upcycled_moe(command, source, "new/out", *calibration, *options)
+    assert (status, err) == (0, "")
+    assert out
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_plan_in_json_is_what_is_written(upcycled_moe, dense, calibration, tmp_path):
+    out = tmp_path / "out"
+    options = [*calibration, "--max-shard-size", "200KB"]
+    plan = json.loads(upcycled_moe("plan", dense, out, *options, "--json")[1])
+    status, text, err = upcycled_moe("convert", dense, out, *options, "--json")
+    assert (status, err) == (0, "")
+    provenance = json.loads(text)
+    assert provenance == json.loads((out / "upcycling.json").read_text(encoding="utf-8"))
+    assert plan["recipe"] == provenance["recipe"]
+    for figure in ("total_parameters", "active_parameters"):
+        assert plan[figure] == provenance[figure]
+    written = {}
+    for shard in plan["shards"]:
+        tensors = load_file(out / shard["file"])
+        assert sum(tensor.nbytes for tensor in tensors.values()) == shard["num_bytes"]
+        written |= tensors
+    assert {path.name for path in out.glob("*.safetensors")} == {shard["file"] for shard in plan["shards"]}
+    assert {tensor["name"]: tensor["shape"] for tensor in plan["tensors"]} == {
+        name: list(tensor.shape) for name, tensor in written.items()
+    }
+    assert plan["num_bytes"] == sum(tensor.nbytes for tensor in written.values())
+    assert plan["free_disk_bytes"] > 0
+    assert plan["peak_memory_bytes"] > 0
+
+
+def test_a_plan_for_people(upcycled_moe, dense, calibration):
+    status, out, _ = upcycled_moe("plan", dense, *calibration)
+    assert status == 0
+    for text in (
+        "(qwen2, 3 layers)",
+        "4 a layer, 2 active",
+        "Equals the dense model  yes",
+        "0-2",
+        "4 routers of 1 query head, 4 attended keys",
+        "model.layers.N.mlp.experts.gate_up_proj",
+        "4 × 192 × 64",
+        "model.safetensors",
+        "Free disk",
+    ):
+        assert text in out
+
+
+def test_convert_for_people(upcycled_moe, dense, calibration, tmp_path):
+    status, out, err = upcycled_moe("convert", dense, tmp_path / "out", *calibration, "--verify")
+    assert (status, err) == (0, "")
+    assert "Fresh routers on 512 tokens" in out
+    assert f"Wrote {tmp_path / 'out'}: " in out
+    assert "Equal: largest |Δlogit|" in out.splitlines()[-1]
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(upcycled_moe, dense, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("router: linear\nnum_experts: 16\nrouter_aux_loss_coef: 1e-2\nseed: 3\n", encoding="utf-8")
+    _, out, _ = upcycled_moe("plan", dense, "--recipe", recipe, "--num-experts", 4, "--json")
+    settings = json.loads(out)["recipe"]
+    assert settings["num_experts"] == 4
+    assert (settings["router"], settings["router_aux_loss_coef"], settings["seed"]) == ("linear", 0.01, 3)
+    assert settings["num_experts_per_tok"] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_expert: 4", "recipe.yaml: unknown key 'num_expert'; did you mean 'num_experts'?"),
+        ("num_experts: many", "num_experts='many': expected int."),
+        ("- 4", "recipe.yaml: expected keys and values, got list."),
+        ("a: [", "recipe.yaml: not a YAML file"),
+        ("router: linear\nnum_routers: 2", "num_routers has no meaning with router='linear'"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line_and_status_2(upcycled_moe, dense, tmp_path, text, message):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text, encoding="utf-8")
+    status, out, err = upcycled_moe("convert", dense, tmp_path / "out", "--recipe", recipe)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def truncate_weights(dense, out):
+    os.truncate(dense / "model.safetensors", 1000)
+
+
+def fill_output(dense, out):
+    out.mkdir()
+    (out / "file").touch()
+
+
+def file_for_output(dense, out):
+    out.touch()
+
+
+WRONG_INPUTS = {
+    "truncated": (truncate_weights, "truncated inside its header (1000 bytes); fetch it again."),
+    "no weights": (
+        lambda dense, out: (dense / "model.safetensors").unlink(),
+        "neither model.safetensors nor",
+    ),
+    "full output": (fill_output, "exists and is not empty; give another folder, or --overwrite to replace it."),
+    "file for output": (file_for_output, "is a file; give a folder that does not exist yet."),
+    "nothing to read": (lambda dense, out: shutil.rmtree(dense), "neither a local folder nor a Hub model"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), WRONG_INPUTS.values(), ids=WRONG_INPUTS)
+def test_wrong_input_is_one_line_and_status_2(upcycled_moe, dense, tmp_path, spoil, message):
+    source, out = shutil.copytree(dense, tmp_path / "dense"), tmp_path / "out"
+    spoil(source, out)
+    before = folder_hashes(tmp_path)
+    status, stdout, err = upcycled_moe("convert", source, out, "--router", "linear")
+    assert (status, stdout) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert folder_hashes(tmp_path) == before
+
+
+def test_the_default_recipe_says_what_it_needs(upcycled_moe, dense, tmp_path):
+    status, _, err = upcycled_moe("convert", dense, tmp_path / "out")
+    assert status == 2
+    assert err == (
+        "upcycled-moe: error: router='mixture' averages attention keys over text; give calibration_data, or use "
+        "router='linear'.\n"
+    )
+
+
+def test_absent_text_is_noticed_before_anything_is_written(upcycled_moe, dense, tmp_path):
+    for options in ([], ["--dry-run"]):
+        arguments = ["--calibration-data", tmp_path / "absent.txt", "--calibration-block-size", 64]
+        status, _, err = upcycled_moe("convert", dense, tmp_path / "out", *arguments, *options)
+        assert status == 2
+        assert "absent.txt: no such file or folder" in err
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_overwrite_replaces_the_output(upcycled_moe, dense, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    status, _, err = upcycled_moe("convert", dense, out, "--router", "linear", "--overwrite")
+    assert (status, err) == (0, "")
+    assert (out / "model.safetensors").exists()
+    assert not (out / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_warnings_go_to_stderr(upcycled_moe, dense, tmp_path):
+    source = shutil.copytree(dense, tmp_path / "dense [no tokenizer]")
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    status, out, err = upcycled_moe("convert", source, tmp_path / "out", "--router", "linear", "--json")
+    assert status == 0
+    assert json.loads(out)["routers"] is None
+    assert err == f"warning: {source} has no tokenizer, so the result has none; put its files beside the weights.\n"
+    assert "dense [no tokenizer]" in upcycled_moe("plan", source, "--router", "linear")[1]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_verify_tells_equal_from_different_by_its_status(upcycled_moe, dense, converted, tmp_path, as_json):
+    options = ["--num-sequences", 1, "--sequence-length", 16] + (["--json"] if as_json else [])
+    status, out, err = upcycled_moe("verify", dense, converted, *options)
+    assert (status, err) == (0, "")
+    assert json.loads(out)["equal"] is True if as_json else out.startswith("Equal: largest |Δlogit| ")
+
+    spoiled = shutil.copytree(converted, tmp_path / "spoiled")
+    tensors = load_file(spoiled / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.down_proj"][2] += 0.1
+    save_file(tensors, tmp_path / "changed", metadata={"format": "pt"})
+    (tmp_path / "changed").replace(spoiled / "model.safetensors")
+    status, out, err = upcycled_moe("verify", dense, spoiled, *options)
+    assert (status, err) == (3, "")
+    assert json.loads(out)["equal"] is False if as_json else out.startswith("DIFFERENT: largest |Δlogit| ")
+
+
+def test_verify_of_what_cannot_be_loaded(upcycled_moe, dense, tmp_path):
+    status, out, err = upcycled_moe("verify", dense, tmp_path)
+    assert (status, out) == (2, "")
+    assert err == (
+        f"upcycled-moe: error: {tmp_path}: there is no config.json; give the folder of a finished checkpoint.\n"
+    )
+
+
+def test_convert_with_verify_fails_on_a_difference(upcycled_moe, dense, tmp_path, monkeypatch):
+    """No recipe changes the function today; a wrong byte on the way to the disk would."""
+    from upcycled_moe.conversion import convert as convert_module
+
+    write_weights = convert_module.write_weights
+
+    def write_wrongly(plan, contents, folder: Path, progress):
+        write_weights(plan, contents, folder, progress)
+        weights = load_file(folder / "model.safetensors")
+        weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(convert_module, "write_weights", write_wrongly)
+    status, out, _ = upcycled_moe("convert", dense, tmp_path / "out", "--router", "linear", "--verify", "--json")
+    assert status == 3
+    assert json.loads(out)["verification"]["equal"] is False
+
+
+def test_results_that_cannot_be_printed_are_an_error(dense):
+    arguments = ["plan", str(dense), "--router", "linear", "--json"]
+    code = f"import sys; from upcycled_moe.cli.main import main; sys.exit(main({arguments!r}))"
+    with Path("/dev/full").open("wb") as full:
+        result = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, check=False)
+    assert result.returncode == 1
+    assert result.stderr == b"upcycled-moe: error: No space left on device\n"

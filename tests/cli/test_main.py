@@ -1,0 +1,156 @@
+import argparse
+import dataclasses
+import importlib.metadata
+import os
+import subprocess
+import sys
+
+import pytest
+
+from upcycled_moe.cli.main import build_parser
+from upcycled_moe.conversion.recipe import ConversionRecipe
+
+
+RECIPE_OPTIONS = [
+    "--recipe",
+    "--num-experts",
+    "--num-experts-per-tok",
+    "--experts",
+    "--decoder-sparse-step",
+    "--mlp-only-layers",
+    "--router",
+    "--num-routers",
+    "--heads-per-router",
+    "--router-pooling",
+    "--key-statistic",
+    "--router-logit-std",
+    "--router-aux-loss-coef",
+    "--router-z-loss-coef",
+    "--calibration-data",
+    "--calibration-split",
+    "--calibration-text-column",
+    "--calibration-tokens",
+    "--calibration-block-size",
+    "--calibration-batch-size",
+    "--max-shard-size",
+    "--seed",
+]
+
+# What scripts rely on. A change here is a change for everyone who has one.
+COMMANDS = {
+    "plan": ["DENSE", "OUT", "-h", "--help", "--revision", "--json", *RECIPE_OPTIONS],
+    "convert": [
+        "DENSE",
+        "OUT",
+        "-h",
+        "--help",
+        "--revision",
+        "--overwrite",
+        "--dry-run",
+        "--verify",
+        "--json",
+        *RECIPE_OPTIONS,
+    ],
+    "verify": [
+        "DENSE",
+        "OUT",
+        "-h",
+        "--help",
+        "--revision",
+        "--dtype",
+        "--tolerance",
+        "--num-sequences",
+        "--sequence-length",
+        "--seed",
+        "--json",
+    ],
+}
+
+
+def subparsers() -> dict[str, argparse.ArgumentParser]:
+    (action,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return action.choices
+
+
+def test_the_commands_are_frozen():
+    assert list(subparsers()) == list(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_options_are_frozen(command):
+    names = [name for action in subparsers()[command]._actions for name in action.option_strings or [action.metavar]]
+    assert sorted(names) == sorted(COMMANDS[command])
+
+
+def test_every_setting_of_a_recipe_is_an_option():
+    options = ["--" + setting.name.replace("_", "-") for setting in dataclasses.fields(ConversionRecipe)]
+    assert ["--recipe", *options] == RECIPE_OPTIONS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_explained_with_its_default(upcycled_moe, command):
+    status, out, err = upcycled_moe(command, "--help")
+    assert (status, err) == (0, "")
+    assert all(action.help for action in subparsers()[command]._actions)
+    if command != "verify":
+        text = " ".join(out.split())
+        for setting in dataclasses.fields(ConversionRecipe):
+            if setting.default not in (None, dataclasses.MISSING):
+                assert f"(default: {setting.default})" in text, setting.name
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []])
+def test_help_goes_to_stdout(upcycled_moe, arguments):
+    status, out, err = upcycled_moe(*arguments)
+    assert (status, err) == (0, "")
+    assert all(command in out for command in COMMANDS)
+    assert "examples:" in out
+
+
+def test_version(upcycled_moe):
+    assert upcycled_moe("--version") == (0, f"upcycled-moe {importlib.metadata.version('upcycled-moe')}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["--version"], ["plan", "x", "--sed", "1"]])
+def test_what_needs_no_model_imports_no_torch(arguments):
+    code = (
+        "import sys, atexit\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'rich', 'huggingface_hub'}\n"
+        "atexit.register(lambda: print('heavy:', sorted(heavy & set(sys.modules)), file=sys.stderr))\n"
+        "from upcycled_moe.cli.main import main\n"
+        f"sys.exit(main({arguments!r}))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode in (0, 2)
+    assert result.stderr.splitlines()[-1] == "heavy: []"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plna"], "invalid choice: 'plna'"),
+        (["plan"], "the following arguments are required: DENSE"),
+        (["convert", "dense"], "the following arguments are required: OUT"),
+        (["plan", "dense", "--num-expert", "4"], "unknown argument --num-expert; did you mean --num-experts?"),
+        (["plan", "dense", "--num_experts=4"], "unknown argument --num_experts; did you mean --num-experts?"),
+        (["plan", "dense", "--qqq"], "unknown argument --qqq; see `upcycled-moe plan --help`."),
+        (["plan", "dense", "--num-experts", "many"], "argument --num-experts: invalid int value: 'many'"),
+        (["plan", "dense", "--router", "liner"], "invalid choice: 'liner'"),
+        (["verify", "dense", "moe", "--dtype", "int8"], "invalid choice: 'int8'"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(upcycled_moe, arguments, message):
+    status, out, err = upcycled_moe(*arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert err.startswith("upcycled-moe")
+
+
+def test_the_command_is_installed():
+    command = os.path.join(os.path.dirname(sys.executable), "upcycled-moe")
+    result = subprocess.run([command, "plan", "/no/such/folder", "--router", "linear"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("upcycled-moe: error: /no/such/folder: neither a local folder nor a Hub model")
+    assert result.stderr.count("\n") == 1
