@@ -246,8 +246,9 @@ def test_convert_with_verify_fails_on_a_difference(upcycled_moe, dense, tmp_path
     assert json.loads(out)["verification"]["equal"] is False
 
 
-def test_results_that_cannot_be_printed_are_an_error(dense):
-    arguments = ["plan", str(dense), "--router", "linear", "--json"]
+@pytest.mark.parametrize("command", ["plan", "verify"], ids=["long results", "short results"])
+def test_results_that_cannot_be_printed_are_an_error(dense, converted, command):
+    arguments = [command, str(dense), str(converted), *(["--router", "linear", "--json"] * (command == "plan"))]
     code = f"import sys; from upcycled_moe.cli.main import main; sys.exit(main({arguments!r}))"
     with Path("/dev/full").open("wb") as full:
         result = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, check=False)

@@ -20,7 +20,7 @@ from transformers import (
 
 import modeling_upcycled_moe
 from upcycled_moe.common.settings import SettingsError
-from upcycled_moe.conversion.calibration import calibration_blocks
+from upcycled_moe.conversion.calibration import best_device, calibrate, calibration_blocks
 from upcycled_moe.conversion.convert import Progress, convert
 from upcycled_moe.conversion.source import open_source
 
@@ -274,6 +274,23 @@ def test_the_report_is_what_the_loaded_routers_do(dense, mixture_recipe, tmp_pat
                 recipe.router_logit_std, rel=1e-4 if dtype == torch.float32 else 0.01
             )
             assert report.unscaled_logit_std != pytest.approx(recipe.router_logit_std, rel=0.01)
+
+
+def test_the_report_is_of_the_weights_as_they_are_rounded(dense, mixture_recipe, tmp_path):
+    source = open_source(str(dense("qwen2", dtype=torch.bfloat16)))
+    recipe = mixture_recipe(router_logit_std=3.0)
+    reports = convert(source, recipe, tmp_path / "out").routers
+    written = weights(tmp_path / "out")
+    activations = calibrate(
+        source, calibration_blocks(source, recipe), [0, 1, 2], attended=True, batch_size=3, device=best_device()
+    )
+    for report, layer in zip(reports, activations, strict=True):
+        gate = f"model.layers.{layer.layer}.mlp.gate."
+        queries, keys = written[gate + "query_weight"].float(), written[gate + "keys"].float()
+        scores = torch.cat(layer.ffn_inputs).float().cpu() @ (keys @ queries.sum(0)).T
+        # The parts of bfloat16 that rounding changes are about a thousandth.
+        assert report.entropy == pytest.approx(naive_figures(scores, 2)["entropy"], rel=1e-6)
+        assert report.logit_std == pytest.approx(naive_figures(scores, 2)["logit_std"], rel=1e-6)
 
 
 def test_mean_keys_of_grouped_query_attention_coincide(dense, mixture_recipe, tmp_path):

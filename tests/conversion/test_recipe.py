@@ -48,7 +48,7 @@ def test_every_setting_has_a_help_text():
         ({"router": "linear", "key_statistic": "mean"}, "key_statistic has no meaning with router='linear'"),
         (
             {"calibration_tokens": 2048},
-            "calibration_tokens has no meaning without calibration_data; give both or none.",
+            "calibration_tokens has no meaning without calibration_data; give both",
         ),
         ({"calibration_split": "test"}, "calibration_split has no meaning without calibration_data"),
         ({"router_logit_std": 1.0}, "router_logit_std is measured on text; give calibration_data."),
