@@ -250,7 +250,10 @@ def test_convert_with_verify_fails_on_a_difference(upcycled_moe, dense, tmp_path
 def test_results_that_cannot_be_printed_are_an_error(dense, converted, command):
     arguments = [command, str(dense), str(converted), *(["--router", "linear", "--json"] * (command == "plan"))]
     code = f"import sys; from upcycled_moe.cli.main import main; sys.exit(main({arguments!r}))"
+    # Unbuffered, nothing would be left to fail at the end.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", code]
     with Path("/dev/full").open("wb") as full:
-        result = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, check=False)
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, check=False)
     assert result.returncode == 1
     assert result.stderr == b"upcycled-moe: error: No space left on device\n"
