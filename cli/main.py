@@ -78,16 +78,24 @@ def _run(options: argparse.Namespace) -> int:
         return status
     except SettingsError as error:
         return _fail(error, 2)
-    except BrokenPipeError:
-        # The reader has seen enough; what is left in the buffer must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except OSError as error:
+        _abandon_unprinted()
+        if isinstance(error, BrokenPipeError):
+            # The reader has seen enough.
+            return 128 + signal.SIGPIPE
         reason = error.strerror or str(error)
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{reason}", 1)
     except KeyboardInterrupt:
         return _fail("interrupted.", 130)
+
+
+def _abandon_unprinted() -> None:
+    """Drop what stdout cannot take, so that it does not fail once more, with a traceback, at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminate(signal_number: int, frame: object) -> None:
