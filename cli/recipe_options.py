@@ -37,12 +37,22 @@ def recipe_from(options: argparse.Namespace) -> ConversionRecipe:
 
 
 def _parsing(annotation: Any) -> dict[str, Any]:
-    annotation = allowed_types(annotation)[0]
+    annotation, *others = allowed_types(annotation)
+    words = [word for other in others if typing.get_origin(other) is Literal for word in typing.get_args(other)]
+    if words:
+        return {"type": _number_or_word, "metavar": "|".join(["NUMBER", *words])}
     if typing.get_origin(annotation) is Literal:
         return {"choices": typing.get_args(annotation)}
     if typing.get_origin(annotation) is list:
         return {"nargs": "+", "type": typing.get_args(annotation)[0], "metavar": "VALUE"}
     return {"type": annotation, "metavar": annotation.__name__.upper()}
+
+
+def _number_or_word(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text  # the recipe knows which words are allowed
 
 
 def _help(setting: dataclasses.Field) -> str:

@@ -150,7 +150,7 @@ def _scaled_and_measured(
     plan: ConversionPlan, layer: LayerActivations, contents: dict[str, Content]
 ) -> tuple[dict[str, Content], RouterReport]:
     """Return the router with its logits scaled as the recipe asks, and what it does on the text that `layer` saw."""
-    config, target = plan.config, plan.recipe.router_logit_std
+    config, target = plan.config, plan.recipe.target_logit_std
     scores = _router_scores(plan, layer, contents)
     measured = router_metrics(scores, config.num_experts_per_tok)["logit_std"]
     if target is not None and measured > 0:

@@ -41,8 +41,10 @@ class ConversionRecipe:
         "what an expert's key is made of: `mean` keys (the paper), `attended` keys, which differ between heads that "
         "share a key-value head, or `auto`: mean for multi-head, attended for grouped-query attention",
     )
-    router_logit_std: float | None = _setting(
-        None, "scale the keys so that a token's logits have this standard deviation over experts (default: not scaled)"
+    router_logit_std: float | Literal["auto", "none"] = _setting(
+        "auto",
+        "scale the logits to this standard deviation over a token's experts; `auto`: 1.0 for a mixture, whose raw "
+        "logits make the softmax nearly one-hot, and none for a linear router; `none`: leave them (the paper)",
     )
     router_aux_loss_coef: float = _setting(0.001, "weight of the load-balancing loss in training")
     router_z_loss_coef: float = _setting(0.0, "weight of the router z-loss in training")
@@ -73,9 +75,10 @@ class ConversionRecipe:
             raise SettingsError(f"router_pooling has no meaning with router={self.router!r}; leave it out.")
         if self.key_statistic != "auto" and self.router != "mixture":
             raise SettingsError(f"key_statistic has no meaning with router={self.router!r}; leave it out.")
-        if self.router_logit_std is not None and not 0 < self.router_logit_std < math.inf:
+        target = self.target_logit_std
+        if target is not None and not 0 < target < math.inf:
             raise SettingsError(f"router_logit_std={self.router_logit_std} must be above zero and finite.")
-        if self.router_logit_std is not None and not self.calibration_data:
+        if isinstance(self.router_logit_std, int | float) and not self.calibration_data:
             raise SettingsError("router_logit_std is measured on text; give calibration_data.")
         if self.calibration_tokens < self.calibration_block_size:
             raise SettingsError(
@@ -87,6 +90,13 @@ class ConversionRecipe:
                 if setting.name.startswith("calibration_") and getattr(self, setting.name) != _default(setting):
                     raise SettingsError(f"{setting.name} has no meaning without calibration_data; give both or none.")
         self.max_shard_bytes  # noqa: B018 - refuses a size that cannot be read
+
+    @property
+    def target_logit_std(self) -> float | None:
+        """Standard deviation that a token's logits are scaled to; None leaves them as they are."""
+        if self.router_logit_std == "auto":
+            return 1.0 if self.router == "mixture" else None
+        return None if self.router_logit_std == "none" else float(self.router_logit_std)
 
     @property
     def max_shard_bytes(self) -> int:
@@ -133,7 +143,8 @@ def _default(setting: dataclasses.Field) -> Any:
 
 def allowed_types(annotation: Any) -> tuple[Any, ...]:
     """Return the alternatives of a field's annotation: `int | None` gives (int, NoneType)."""
-    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    return typing.get_args(annotation) if is_union else (annotation,)
 
 
 def _check_type(name: str, value: Any, annotation: Any) -> None:

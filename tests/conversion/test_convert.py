@@ -247,6 +247,7 @@ def naive_figures(logits, num_experts_per_tok):
         ("qwen2-sliding", torch.float32, {"router_pooling": "max", "router_logit_std": 0.5}),
         ("qwen1.5", torch.float32, {"num_routers": 8, "mlp_only_layers": [1]}),
         ("qwen3", torch.float32, {"num_routers": 2, "router_logit_std": 2.0}),
+        ("qwen3", torch.float32, {"router_logit_std": "none"}),
         ("qwen3", torch.bfloat16, {"router_logit_std": 1.0}),
         ("qwen2", torch.float32, {"router": "linear", "router_logit_std": 1.0}),
     ],
@@ -269,11 +270,12 @@ def test_the_report_is_what_the_loaded_routers_do(dense, mixture_recipe, tmp_pat
         assert report.load == pytest.approx(expected["load"], abs=load_tolerance)
         assert report.dead_experts == sum(load == 0 for load in report.load)
         assert report.max_violation == pytest.approx(4 * max(report.load) - 1)
-        if recipe.router_logit_std is not None:
-            assert report.logit_std == pytest.approx(
-                recipe.router_logit_std, rel=1e-4 if dtype == torch.float32 else 0.01
-            )
-            assert report.unscaled_logit_std != pytest.approx(recipe.router_logit_std, rel=0.01)
+        target = recipe.target_logit_std
+        if target is None:
+            assert report.logit_std == report.unscaled_logit_std
+        else:
+            assert report.logit_std == pytest.approx(target, rel=1e-4 if dtype == torch.float32 else 0.01)
+            assert report.unscaled_logit_std != pytest.approx(target, rel=0.01)
 
 
 def test_the_report_is_of_the_weights_as_they_are_rounded(dense, mixture_recipe, tmp_path):

@@ -35,7 +35,7 @@ def test_every_setting_has_a_help_text():
         ({"router": ["linear"]}, "router=['linear']: expected 'linear' or 'mixture'."),
         ({"calibration_data": "a.txt"}, "calibration_data='a.txt': expected a list of str."),
         ({"mlp_only_layers": ["0"]}, "mlp_only_layers=['0']: expected a list of int."),
-        ({"router_logit_std": "1"}, "router_logit_std='1': expected float or null."),
+        ({"router_logit_std": "1"}, "router_logit_std='1': expected float or 'auto' or 'none'."),
         ({"max_shard_size": 5}, "max_shard_size=5: expected str."),
         ({"num_experts": 0}, "num_experts=0 must be at least 1."),
         ({"num_routers": 0}, "num_routers=0 must be at least 1."),
@@ -83,3 +83,12 @@ def test_shard_sizes(text, num_bytes):
 def test_what_is_no_shard_size_is_refused(text):
     with pytest.raises(SettingsError, match=r"^max_shard_size="):
         ConversionRecipe(max_shard_size=text)
+
+
+@pytest.mark.parametrize(
+    ("router", "setting", "target"),
+    [("mixture", "auto", 1.0), ("linear", "auto", None), ("mixture", "none", None), ("linear", 2, 2.0)],
+)
+def test_logits_of_a_mixture_are_scaled_unless_told_not_to(router, setting, target):
+    recipe = ConversionRecipe(router=router, router_logit_std=setting, calibration_data=["a.txt"])
+    assert recipe.target_logit_std == target
