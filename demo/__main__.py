@@ -31,8 +31,8 @@ class DemoError(RuntimeError):
 class Size:
     """How much the demo trains."""
 
-    dense_steps: int = 200
-    moe_steps: int = 60
+    dense_steps: int = 160
+    moe_steps: int = 45
     calibration_tokens: int = 32768
 
 
@@ -42,8 +42,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: runs/demo)")
     parser.add_argument("--steps", type=int, help="train each model for so many steps only")
     options = parser.parse_args()
-    if options.steps is not None and options.steps < 10:
-        parser.error(f"--steps {options.steps}: the first evaluation is after 10 steps; train for at least as many.")
+    if options.steps is not None and options.steps < 15:
+        parser.error(f"--steps {options.steps}: the first evaluation is after 15 steps; train for at least as many.")
     size = Size() if options.steps is None else replace(Size(), dense_steps=options.steps, moe_steps=options.steps)
     if options.out.exists() and not (options.out / "parent").is_dir() and any(options.out.iterdir()):
         parser.error(f"{options.out} holds something else; give another folder.")
@@ -136,7 +136,7 @@ def generate(model: TrainedModel, prompt: str) -> str:
     """Return how the model goes on after `prompt`, greedily."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model.folder)
+    tokenizer = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=True)
     moe = AutoModelForCausalLM.from_pretrained(model.folder, trust_remote_code=True).fold_routers()
     inputs = tokenizer(prompt, return_tensors="pt")
     output = moe.generate(**inputs, max_new_tokens=32, do_sample=False, repetition_penalty=1.3)

@@ -9,7 +9,7 @@ import pytest
 @pytest.mark.slow
 def test_demo_runs_and_names_what_it_wrote(tmp_path):
     out = tmp_path / "demo"
-    command = [sys.executable, "-m", "upcycled_moe.demo", "--out", str(out), "--steps", "10"]
+    command = [sys.executable, "-m", "upcycled_moe.demo", "--out", str(out), "--steps", "15"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "Equal: largest |Δlogit|" in result.stdout
