@@ -3,6 +3,7 @@
 Torch is imported only once settings are built, so that `--help` answers at once.
 """
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -95,8 +96,11 @@ class RecipeArguments:
     per_device_train_batch_size: int = field(default=1, metadata=_help("Blocks in a process's micro-batch."))
     per_device_eval_batch_size: int = field(default=1, metadata=_help("The same, in evaluation."))
     logging_steps: float = field(default=10, metadata=_help("Steps from one log to the next."))
+    eval_strategy: str | None = field(
+        default=None, metadata=_help("steps, no, ...; by default steps where there are eval_data and eval_steps.")
+    )
     report_to: str | list[str] | None = field(
-        default="tensorboard", metadata=_help("tensorboard, wandb, ... or none.")
+        default=None, metadata=_help("tensorboard, wandb, ... or none; by default tensorboard where it is installed.")
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata=_help("Every parameter takes part in every step.")
@@ -110,12 +114,17 @@ class RecipeArguments:
 
 
 class Arguments(NamedTuple):
-    """All settings of a run, and as a mapping those that were given."""
+    """All settings of a run.
+
+    `given` holds those that were given, and those whose default follows from others or from what is installed;
+    `notes` are lines that tell of the latter.
+    """
 
     model: ModelArguments
     data: DataArguments
     training: "UpcyclingTrainingArguments"
     given: dict[str, Any]
+    notes: list[str]
 
 
 GROUPS = (ModelArguments, DataArguments, RecipeArguments)
@@ -213,11 +222,53 @@ def build_arguments(settings: dict[str, Any]) -> Arguments:
             raise SettingsError(f"{name} is missing; give it in the --config file or as {name}=...")
     if settings.get("max_steps", -1) < 1:
         raise SettingsError("max_steps is missing; streamed text has no known length, so say how many steps to train.")
+    notes = [*_settle_evaluation(settings), *_settle_reports(settings)]
     try:
-        return Arguments(*(_build(group, settings) for group in groups), given=settings)
+        return Arguments(*(_build(group, settings) for group in groups), given=settings, notes=notes)
     # Transformers' own checks raise these; to whoever wrote the settings they are all the same.
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise SettingsError(" ".join(str(error).split())) from error
+
+
+def _settle_evaluation(settings: dict[str, Any]) -> list[str]:
+    """Set the `eval_strategy` that follows from the other settings, and return what is worth telling of it.
+
+    Raises:
+        SettingsError: if evaluation is asked for without text for it.
+    """
+    if settings.get("eval_data"):
+        if settings.get("eval_strategy") is None:
+            settings["eval_strategy"] = "steps" if settings.get("eval_steps") is not None else "no"
+        return []
+    asking = [name for name in ("eval_strategy", "eval_on_start") if settings.get(name) not in (None, "no", False)]
+    if asking:
+        raise SettingsError(
+            f"{asking[0]}={settings[asking[0]]} asks for evaluation, but eval_data is missing; give it, or leave "
+            f"{asking[0]} out."
+        )
+    settings["eval_strategy"] = "no"
+    return ["eval_data is not given; nothing is evaluated."] if settings.get("eval_steps") is not None else []
+
+
+def _settle_reports(settings: dict[str, Any]) -> list[str]:
+    """Set the default of `report_to`, and return what is worth telling of it.
+
+    Raises:
+        SettingsError: if TensorBoard is asked for and not installed.
+    """
+    is_installed = importlib.util.find_spec("tensorboard") is not None
+    install = "pip install 'upcycled-moe[tensorboard]'"
+    if settings.get("report_to") is None:
+        settings["report_to"] = "tensorboard" if is_installed else "none"
+        return [] if is_installed else [f"TensorBoard is not installed, so report_to=none; {install}."]
+    reports = settings["report_to"]
+    if not is_installed and "tensorboard" in ([reports] if isinstance(reports, str) else reports):
+        raise SettingsError(
+            f"report_to={reports!r}, but TensorBoard is not installed: {install}, or set report_to=none."
+        )
+    # YAML reads a bare `no` as false.
+    settings["report_to"] = "none" if reports == "no" else reports
+    return []
 
 
 def _build(group: type, settings: dict[str, Any]) -> Any:

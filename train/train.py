@@ -69,7 +69,7 @@ def train(arguments: Arguments) -> None:
     from upcycled_moe.train.model import load_model, load_tokenizer
     from upcycled_moe.train.trainer import UpcyclingTrainer
 
-    model_args, data_args, training_args, _ = arguments
+    model_args, data_args, training_args, *_ = arguments
     training_args.set_tokens_per_step(data_args.block_size)
     checkpoint = checkpoint_to_resume(training_args)
     set_seed(training_args.seed)
@@ -110,7 +110,9 @@ def _announce(arguments: Arguments, checkpoint: str | None) -> None:
 
     from upcycled_moe.train.data import blocks_per_step
 
-    _, data_args, training_args, _ = arguments
+    _, data_args, training_args, *_ = arguments
+    for note in arguments.notes:
+        print(f"train.py: {note}", file=sys.stderr)
     num_tokens = blocks_per_step(training_args) * data_args.block_size
     start = checkpoint or arguments.model.model_name_or_path
     print(

@@ -1,6 +1,5 @@
 """Transformers' TrainingArguments with this recipe's fields and defaults."""
 
-import importlib.util
 from dataclasses import dataclass
 
 from transformers import SchedulerType, TrainingArguments
@@ -18,7 +17,6 @@ class UpcyclingTrainingArguments(RecipeArguments, TrainingArguments):
     """
 
     def __post_init__(self):
-        self._check_tensorboard()
         super().__post_init__()
         self._check_schedule()
         if self.expected_processes is not None and self.expected_processes != self.world_size:
@@ -32,13 +30,6 @@ class UpcyclingTrainingArguments(RecipeArguments, TrainingArguments):
                 "use 0, or 1 to read ahead."
             )
 
-    def _check_tensorboard(self):
-        if self.report_to in ("tensorboard", ["tensorboard"]) and not importlib.util.find_spec("tensorboard"):
-            raise SettingsError(
-                "report_to='tensorboard', which is not installed: pip install 'upcycled-moe[tensorboard]', "
-                "or set report_to=none."
-            )
-
     def _check_schedule(self):
         if self.lr_scheduler_type != SchedulerType.CONSTANT_WITH_WARMUP and self.lr_decay_points:
             raise SettingsError(
@@ -48,6 +39,14 @@ class UpcyclingTrainingArguments(RecipeArguments, TrainingArguments):
         outside = [point for point in self.lr_decay_points if not 0 <= point <= 1]
         if outside:
             raise SettingsError(f"lr_decay_points holds {outside}; they are shares of max_steps, from 0 to 1.")
+        num_warmup_steps = self.get_warmup_steps(self.max_steps)
+        first_decay_step = round(min(self.lr_decay_points, default=1.0) * self.max_steps)
+        if self.lr_decay_points and num_warmup_steps > first_decay_step:
+            raise SettingsError(
+                f"warmup_steps={self.warmup_steps:g} warms up for {num_warmup_steps} steps, but with max_steps="
+                f"{self.max_steps} the learning rate decays from step {first_decay_step} on; "
+                "give warmup_steps as a share below 1, or train for longer."
+            )
 
     def set_tokens_per_step(self, block_size: int) -> None:
         """Set `gradient_accumulation_steps` so that a step takes `tokens_per_step` tokens, if that is given.

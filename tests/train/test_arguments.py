@@ -1,5 +1,6 @@
 """Settings are strict, and later ones win."""
 
+import importlib.util
 import subprocess
 import sys
 import time
@@ -52,7 +53,10 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
         (["block_size=1.5"], "block_size=1.5 has the wrong type; expected int."),
         (["bf16=1"], "bf16=1 has the wrong type; expected bool."),
         (["dtype=float8"], "expected one of 'auto', 'float32', 'bfloat16', 'float16'."),
-        (["eval_strategy=sometimes"], "sometimes is not a valid IntervalStrategy"),
+        (["eval_strategy=steps", "eval_steps=5"], "eval_strategy=steps asks for evaluation, but eval_data is missing"),
+        (["eval_on_start=true"], "eval_on_start=True asks for evaluation, but eval_data is missing"),
+        (["warmup_steps=9"], "warmup_steps=9 warms up for 9 steps, but with max_steps=10 the learning rate decays from"),
+        (["eval_strategy=sometimes", "eval_data=t"], "sometimes is not a valid IntervalStrategy"),
         (["lr_scheduler_type=cosine"], "set lr_decay_points=[]."),
         (["lr_decay_points=[80]"], "lr_decay_points holds [80.0]"),
         (["expected_processes=2"], "expected_processes=2, but 1 started"),
@@ -99,6 +103,34 @@ def test_resolved_settings_are_a_config_file_of_the_same_run(tmp_path):
     again = parse_arguments(["--config", str(config)])
     assert (again.model, again.data) == (arguments.model, arguments.data)
     assert again.training.to_dict() == arguments.training.to_dict()
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_tensorboard_is_the_default_where_it_is_installed(monkeypatch, is_installed):
+    find_spec = importlib.util.find_spec
+
+    def find_spec_but_tensorboard(name, *args):
+        return (True if is_installed else None) if name == "tensorboard" else find_spec(name, *args)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec_but_tensorboard)
+    required = [argument for argument in REQUIRED if not argument.startswith("report_to")]
+    arguments = parse_arguments(required)
+    assert arguments.training.report_to == (["tensorboard"] if is_installed else [])
+    assert [note.startswith("TensorBoard is not installed") for note in arguments.notes] == [True] * (not is_installed)
+    if not is_installed:
+        with pytest.raises(SettingsError, match="report_to='tensorboard', but TensorBoard is not installed"):
+            parse_arguments([*required, "report_to=tensorboard"])
+
+
+def test_evaluation_follows_the_text_for_it():
+    def strategy(*arguments):
+        return parse_arguments([*REQUIRED, *arguments]).training.eval_strategy
+
+    assert strategy("eval_data=t", "eval_steps=5") == "steps"
+    assert strategy("eval_data=t") == "no"
+    assert strategy("eval_data=t", "eval_steps=5", "eval_strategy=no") == "no"
+    assert strategy("eval_steps=5") == "no"
+    assert parse_arguments([*REQUIRED, "eval_steps=5"]).notes == ["eval_data is not given; nothing is evaluated."]
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "train" / "configs").glob("*.yaml")), ids=lambda path: path.name)

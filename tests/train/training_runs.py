@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 
 ROOT = Path(__file__).parents[2]
-PRETRAIN = ROOT / "../shared/data/pretrain"
+TEXT = Path(str(files("upcycled_moe.demo"))) / "text"
 TRAIN_SCRIPT = ROOT / "train" / "train.py"
 
 
