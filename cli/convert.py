@@ -41,9 +41,11 @@ def run(options: argparse.Namespace) -> int:
     from ..conversion.convert import convert
     from ..conversion.plan import build_plan
     from ..conversion.source import open_source
-    from ..conversion.writer import check_output
+    from ..conversion.writer import check_kept, check_output
     from .console import ConsoleProgress, quiet_libraries
 
+    if options.recipe:
+        check_kept(out, [Path(options.recipe)])
     quiet_libraries()
     source = open_source(options.dense, options.revision)
     if options.dry_run:
@@ -79,7 +81,7 @@ def print_result(result: "ConversionResult") -> None:
     console, plan = stdout_console(), result.plan
     if result.routers is not None:
         experts = plan.config.num_experts
-        table = Table(title=f"Fresh routers on {plan.recipe.calibration_tokens:,} tokens", title_justify="left")
+        table = Table(title=f"Fresh routers on {plan.recipe.num_calibrated_tokens:,} tokens", title_justify="left")
         for column in ("Layer", "Logit std", "Entropy", "Least load", "Most load", "Dead experts"):
             table.add_column(column, justify="right")
         for row in result.routers:

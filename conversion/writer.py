@@ -1,18 +1,20 @@
 """Writing a checkpoint folder: streamed, and all or nothing."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..common.settings import SettingsError
+from ..common.text import find_files
 from .experts import FileBytes
 from .numbers import format_bytes
 from .plan import ConversionPlan, PlannedTensor, Shard
@@ -23,7 +25,13 @@ BUFFER_BYTES = 1024**2
 # What the files beside the weights may need: configuration, code, tokenizer, card.
 COMPANION_BYTES = 64 * 1000**2
 
-Content = FileBytes | Tensor
+# Says that the folder it lies in is ours to delete; locked while a conversion writes there.
+LOCK_FILE = "upcycled-moe.lock"
+# Either marks a folder as a checkpoint, which `--overwrite` may replace.
+CHECKPOINT_FILES = ("config.json", "upcycling.json")
+
+# Bytes of the source, or a tensor, or what makes the tensor when it is written.
+Content = FileBytes | Tensor | Callable[[], Tensor]
 Progress = Callable[[int], None]
 
 
@@ -42,11 +50,11 @@ def check_output(plan: ConversionPlan, out: Path, overwrite: bool) -> None:
         raise OutputError(f"{out}: is a file; give a folder that does not exist yet.")
     if target == plan.source.folder.resolve():
         raise OutputError(f"{out}: is the dense model itself; give another folder.")
-    for path in (plan.source.folder, *map(Path, plan.recipe.calibration_data), Path.cwd()):
-        if path.resolve().is_relative_to(target):
-            raise OutputError(f"{out}: holds {path.resolve()}, which replacing it would delete; give another folder.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise OutputError(f"{out}: exists and is not empty; give another folder, or --overwrite to replace it.")
+    calibration_files = [
+        file for name in plan.recipe.calibration_data for file in find_files(name, plan.recipe.calibration_split)
+    ]
+    check_kept(out, (plan.source.folder, *calibration_files, Path.cwd()))
+    _check_replaceable(out, overwrite)
     # The output comes to be beside its final place, so its parent must be writable, or whatever there is of it.
     parent = target.parent
     while not parent.exists():
@@ -55,7 +63,7 @@ def check_output(plan: ConversionPlan, out: Path, overwrite: bool) -> None:
         raise OutputError(f"{out}: {parent} is a file; give a folder that can be made.")
     if not os.access(parent, os.W_OK):
         raise OutputError(f"{out}: no permission to write in {parent}.")
-    reclaimed = _folder_bytes(staging_folder(target))
+    reclaimed = _leftover_bytes(out, staging_folder(target))
     needed, free = plan.num_bytes + COMPANION_BYTES, shutil.disk_usage(parent).free + reclaimed
     if free < needed:
         raise OutputError(
@@ -64,34 +72,128 @@ def check_output(plan: ConversionPlan, out: Path, overwrite: bool) -> None:
         )
 
 
+def check_kept(out: Path, paths: Iterable[Path]) -> None:
+    """Check that none of `paths` lies in the folder `out`, where replacing it would delete them.
+
+    Raises:
+        OutputError: if one does.
+    """
+    target = out.resolve()
+    for path in paths:
+        if path.expanduser().resolve().is_relative_to(target):
+            raise OutputError(
+                f"{out}: holds {path.expanduser().resolve()}, which replacing it would delete; give another folder."
+            )
+
+
 def staging_folder(out: Path) -> Path:
     """Return the folder in which `out` comes to be, one level down, so that nothing ever loads from it."""
     return out.with_name(out.name + ".partial")
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(out: Path, overwrite: bool = True) -> Iterator[Path]:
     """Give a fresh folder to write into, and put it in the place of `out` only if all went well.
 
     On an error the folder is removed. A killed run leaves `OUT.partial`, which does not load; the next run starts it
-    anew. What was in `out` is there until the last moment.
+    anew. What was in `out` is there until the last moment, then for an instant in `OUT.partial`.
+
+    Raises:
+        OutputError: if another run is writing to `out`, or what is there may not be replaced.
     """
-    out = out.resolve()
-    partial, replaced = staging_folder(out), _replaced_folder(out)
-    if partial.exists():
-        shutil.rmtree(partial)
-    if replaced.exists() and not out.exists():
-        # A run was killed between moving the old output away and the new one in.
-        os.replace(replaced, out)
-    folder = partial / out.name
-    folder.mkdir(parents=True)
-    try:
+    shown, out = out, out.resolve()
+    partial = staging_folder(out)
+    with _locked(shown, partial):
+        _bring_back(out)
+        _check_replaceable(shown, overwrite)
+        _clear(partial)
+        folder = partial / out.name
+        folder.mkdir()
         yield folder
         _sync(folder)
+        # Once more: the folder may have changed since.
+        _check_replaceable(shown, overwrite)
         _put_in_place(folder, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     _sync_path(out.parent)
+
+
+@contextmanager
+def _locked(out: Path, partial: Path) -> Iterator[None]:
+    """Hold the folder `partial` for this run alone, and remove it afterwards.
+
+    The kernel gives the lock back when its holder ends, however it ends; what a killed run leaves blocks nobody.
+    """
+    while True:
+        partial.mkdir(parents=True, exist_ok=True)
+        _check_ours(out, partial)
+        try:
+            descriptor = os.open(partial / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue  # its last holder has just removed the folder
+        try:
+            _lock(out, partial, descriptor, fcntl.LOCK_EX)
+            if not _is_still(descriptor, partial / LOCK_FILE):
+                continue  # locked, but by now another file, or none, has the name
+            try:
+                yield
+            finally:
+                _bring_back(out.resolve())
+                # Still locked, and the lock last: who comes meanwhile finds a folder that is held, or an empty one.
+                _clear(partial, ignore_errors=True)
+                with suppress(OSError):
+                    (partial / LOCK_FILE).unlink()
+                    partial.rmdir()
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _lock(out: Path, partial: Path, descriptor: int, operation: int) -> None:
+    try:
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(
+            f"{out}: another conversion is writing it (in {partial}); wait for it, or give another folder."
+        ) from None
+    except OSError as error:
+        error.filename = str(partial / LOCK_FILE)
+        raise
+
+
+def _is_still(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _check_ours(out: Path, partial: Path) -> None:
+    if not partial.is_dir():
+        raise OutputError(f"{out}: is written by way of {partial}, which is a file; move it away.")
+    # An empty one is what a run leaves that is killed between making the folder and the file, or removing them.
+    if any(partial.iterdir()) and not (partial / LOCK_FILE).is_file():
+        raise OutputError(f"{out}: is written by way of {partial}, which holds other files; move them away.")
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"{out}: exists and is not empty; give another folder, or --overwrite to replace it.")
+    if not any((out / name).is_file() for name in CHECKPOINT_FILES):
+        raise OutputError(
+            f"{out}: is not empty and holds no checkpoint ({' or '.join(CHECKPOINT_FILES)}), so --overwrite does not "
+            "replace it; empty it yourself, or give another folder."
+        )
+
+
+def _clear(partial: Path, ignore_errors: bool = False) -> None:
+    """Delete what is in our folder `partial` but its lock."""
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=ignore_errors)
+        elif path.name != LOCK_FILE:
+            path.unlink()
 
 
 def write_weights(
@@ -168,6 +270,8 @@ def _header(tensors: list[PlannedTensor]) -> bytes:
 
 def _write_content(out_fd: int, position: int, tensor: PlannedTensor, content: Content, progress: Progress) -> int:
     """Write `content` at `position` of a file and return its bytes."""
+    if not isinstance(content, FileBytes | Tensor):
+        content = content()
     if isinstance(content, Tensor):
         assert tuple(content.shape) == tensor.shape, f"{tensor.name}: {tuple(content.shape)}, planned {tensor.shape}"
         flat = content.to(DTYPES[tensor.dtype]).contiguous().view(-1).view(torch.uint8)
@@ -215,22 +319,21 @@ def _write_at(out_fd: int, data: memoryview, position: int) -> None:
 
 def _replaced_folder(out: Path) -> Path:
     """Return where the old `out` is between being moved away and being deleted."""
-    return out.with_name(out.name + ".replaced")
+    return staging_folder(out) / f"{out.name}.replaced"
 
 
 def _put_in_place(folder: Path, out: Path) -> None:
-    replaced = _replaced_folder(out)
-    shutil.rmtree(replaced, ignore_errors=True)
     if not out.exists():
         os.replace(folder, out)
         return
-    os.replace(out, replaced)
-    try:
-        os.replace(folder, out)
-    except BaseException:
-        os.replace(replaced, out)
-        raise
-    shutil.rmtree(replaced)
+    os.replace(out, _replaced_folder(out))
+    os.replace(folder, out)
+
+
+def _bring_back(out: Path) -> None:
+    """Put the old output back if a run stopped between moving it away and the new one in."""
+    if _replaced_folder(out).exists() and not out.exists():
+        os.replace(_replaced_folder(out), out)
 
 
 def _sync(folder: Path) -> None:
@@ -247,5 +350,25 @@ def _sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def _folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+def _leftover_bytes(out: Path, partial: Path) -> int:
+    """Return how much space the next run to `out` will free, having checked that nobody is using it.
+
+    Raises:
+        OutputError: if another run is, or the folder is not ours.
+    """
+    if not partial.exists():
+        return 0
+    _check_ours(out, partial)
+    with suppress(FileNotFoundError):
+        descriptor = os.open(partial / LOCK_FILE, os.O_RDWR)
+        try:
+            _lock(out, partial, descriptor, fcntl.LOCK_SH)
+        finally:
+            os.close(descriptor)
+    # What was in `out` goes back there.
+    kept = _replaced_folder(out.resolve()) if not out.exists() else None
+    return sum(
+        path.stat().st_size
+        for path in partial.rglob("*")
+        if path.is_file() and not (kept and path.is_relative_to(kept))
+    )

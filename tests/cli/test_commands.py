@@ -184,12 +184,26 @@ def test_absent_text_is_noticed_before_anything_is_written(upcycled_moe, dense, 
 def test_overwrite_replaces_the_output(upcycled_moe, dense, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
+    (out / "config.json").touch()
     (out / "old").touch()
     status, _, err = upcycled_moe("convert", dense, out, "--router", "linear", "--overwrite")
     assert (status, err) == (0, "")
     assert (out / "model.safetensors").exists()
     assert not (out / "old").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwrite_keeps_the_recipe(upcycled_moe, dense, tmp_path):
+    recipe = tmp_path / "out" / "recipe.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text("router: linear", encoding="utf-8")
+    (recipe.parent / "config.json").touch()
+    for options in ([], ["--dry-run"]):
+        arguments = ["convert", dense, recipe.parent, "--recipe", recipe, "--overwrite", *options]
+        status, out, err = upcycled_moe(*arguments)
+        assert (status, out) == (2, "")
+        assert f"holds {recipe}, which replacing it would delete" in err
+    assert recipe.exists()
 
 
 def test_warnings_go_to_stderr(upcycled_moe, dense, tmp_path):

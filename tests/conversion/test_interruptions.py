@@ -1,5 +1,6 @@
 """A conversion that is killed, terminated or interrupted, at each point where it makes a difference."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from dense_checkpoints import exit_status, folder_hashes
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_upcycled_moe import UpcycledQwenMoeConfig
+from upcycled_moe.cli.main import main
 from upcycled_moe.conversion import convert as convert_module
 from upcycled_moe.conversion import writer
 from upcycled_moe.conversion.convert import Progress, convert
@@ -118,7 +120,7 @@ def test_a_killed_replacement_keeps_the_old_output(undisturbed, linear_recipe, t
     old = folder_hashes(out)
     if point == "between the renames":
         assert exit_status(die_between_the_renames, source, recipe, out) == -signal.SIGKILL
-        assert folder_hashes(tmp_path / "out.replaced") == old
+        assert folder_hashes(tmp_path / "out.partial" / "out.replaced") == old
     else:
         assert exit_status(convert_and_die, point, source, recipe, out, True) == -signal.SIGKILL
         assert folder_hashes(out) == old
@@ -146,12 +148,12 @@ def test_a_signal_cleans_up(undisturbed, tmp_path, signal_number, status, messag
     out = tmp_path / "out"
     if old_output:
         out.mkdir()
-        (out / "old").touch()
+        (out / "config.json").touch()
     arguments = ["convert", str(source), str(out), "--router", "linear", "--max-shard-size", "200KB", "--overwrite"]
     assert exit_status(run_command, arguments, tmp_path / "output", signal_number, 2) == status
     assert (tmp_path / "output").read_text(encoding="utf-8") == message
     assert not (tmp_path / "out.partial").exists()
-    assert ([path.name for path in out.iterdir()] == ["old"]) if old_output else (not out.exists())
+    assert ([path.name for path in out.iterdir()] == ["config.json"]) if old_output else (not out.exists())
 
 
 def run_with_small_files(arguments, output):
@@ -173,3 +175,67 @@ def test_a_write_that_fails_is_one_line_and_leaves_nothing(undisturbed, tmp_path
     weights = tmp_path / "out.partial" / "out" / "model.safetensors"
     assert (tmp_path / "output").read_text(encoding="utf-8") == f"upcycled-moe: error: {weights}: File too large\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "undisturbed"]
+
+
+def convert_and_wait(dense, recipe, out, reached, resume):
+    """Convert, and at the first written byte say so and wait for leave to go on."""
+
+    class Wait(Progress):
+        def task(self, description, total, unit):
+            return nullcontext(self.advance)
+
+        def advance(self, num_bytes):
+            reached.set()
+            assert resume.wait(100)
+
+    convert(open_source(str(dense)), recipe, out, progress=Wait())
+
+
+@pytest.fixture
+def conversion_under_way(undisturbed, tmp_path):
+    """A process that stands in the middle of writing `out`, the event that lets it go on, source and recipe."""
+    source, recipe, _ = undisturbed
+    context = multiprocessing.get_context("forkserver")
+    reached, resume = context.Event(), context.Event()
+    arguments = (source, recipe, tmp_path / "out", reached, resume)
+    process = context.Process(target=convert_and_wait, args=arguments)
+    process.start()
+    try:
+        assert reached.wait(100)
+        yield process, resume, source, recipe
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("checked", [True, False], ids=["before planning", "at the last moment"])
+def test_a_second_conversion_to_the_same_output_is_refused(
+    conversion_under_way, undisturbed, tmp_path, monkeypatch, capfd, checked
+):
+    process, resume, source, _ = conversion_under_way
+    before = folder_hashes(tmp_path / "out.partial")
+    if not checked:
+        # As when both check before either writes.
+        monkeypatch.setattr(convert_module, "check_output", lambda *arguments, **settings: None)
+    assert main(["convert", str(source), str(tmp_path / "out"), "--router", "linear"]) == 2
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
+        f"upcycled-moe: error: {tmp_path / 'out'}: another conversion is writing it (in {tmp_path / 'out.partial'}); "
+        "wait for it, or give another folder.\n"
+    )
+    assert folder_hashes(tmp_path / "out.partial") == before
+    resume.set()
+    process.join()
+    assert process.exitcode == 0
+    assert folder_hashes(tmp_path / "out") == undisturbed[2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "undisturbed"]
+
+
+def test_a_killed_conversion_blocks_nobody(conversion_under_way, undisturbed, tmp_path):
+    process, _, source, recipe = conversion_under_way
+    process.kill()
+    process.join()
+    convert(open_source(str(source)), recipe, tmp_path / "out")
+    assert folder_hashes(tmp_path / "out") == undisturbed[2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "undisturbed"]

@@ -44,7 +44,7 @@ def test_an_output_appears_only_when_all_went_well(tmp_path):
 def test_an_error_leaves_what_was_there(tmp_path, error):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old").touch()
+    (out / "config.json").touch()
 
     def write_and_fail():
         with staged(out) as folder:
@@ -54,17 +54,17 @@ def test_an_error_leaves_what_was_there(tmp_path, error):
     with pytest.raises(error):
         write_and_fail()
     assert entries(tmp_path) == ["out"]
-    assert entries(out) == ["old"]
+    assert entries(out) == ["config.json"]
 
 
 def test_an_output_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old").touch()
+    (out / "config.json").touch()
     replace = os.replace
 
     def fail_to_move_in(source, target):
-        if Path(source).parent.name == "out.partial":
+        if Path(source) == tmp_path / "out.partial" / "out":
             raise OSError(errno.EIO, "no more")
         replace(source, target)
 
@@ -72,12 +72,20 @@ def test_an_output_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monke
     with pytest.raises(OSError, match="no more"), staged(out) as folder:
         (folder / "new").touch()
     assert entries(tmp_path) == ["out"]
-    assert entries(out) == ["old"]
+    assert entries(out) == ["config.json"]
+
+
+def leave_partial(folder: Path) -> Path:
+    """Make what a killed run to `folder / "out"` leaves, and return it."""
+    partial = folder / "out.partial"
+    (partial / "out").mkdir(parents=True)
+    (partial / writer.LOCK_FILE).touch()
+    (partial / "out" / "half").touch()
+    return partial
 
 
 def test_leftovers_of_a_killed_run_are_cleared(tmp_path):
-    (tmp_path / "out.partial" / "out").mkdir(parents=True)
-    (tmp_path / "out.partial" / "out" / "half").touch()
+    leave_partial(tmp_path)
     with staged(tmp_path / "out") as folder:
         (folder / "whole").touch()
     assert entries(tmp_path) == ["out"]
@@ -86,23 +94,80 @@ def test_leftovers_of_a_killed_run_are_cleared(tmp_path):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_an_old_output_that_was_moved_away_comes_back_first(tmp_path, fails):
-    (tmp_path / "out.replaced").mkdir()
-    (tmp_path / "out.replaced" / "old").touch()
+    replaced = leave_partial(tmp_path) / "out.replaced"
+    replaced.mkdir()
+    (replaced / "config.json").touch()
     try:
         with staged(tmp_path / "out") as folder:
-            assert entries(tmp_path / "out") == ["old"]
+            assert entries(tmp_path / "out") == ["config.json"]
             (folder / "new").touch()
             if fails:
                 raise ValueError
     except ValueError:
         assert fails
     assert entries(tmp_path) == ["out"]
-    assert entries(tmp_path / "out") == (["old"] if fails else ["new"])
+    assert entries(tmp_path / "out") == (["config.json"] if fails else ["new"])
+
+
+def test_an_interruption_between_the_renames_brings_the_old_output_back(tmp_path, monkeypatch):
+    """A signal is handled between any two statements, so no `try` around the second rename is enough."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").touch()
+    replace, calls = os.replace, []
+
+    def interrupt_after_the_first(source, target):
+        replace(source, target)
+        calls.append(target)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer.os, "replace", interrupt_after_the_first)
+    with pytest.raises(KeyboardInterrupt), staged(out) as folder:
+        (folder / "new").touch()
+    assert entries(tmp_path) == ["out"]
+    assert entries(out) == ["config.json"]
+
+
+@pytest.mark.parametrize("name", ["out.partial", "out.replaced"])
+def test_folders_of_others_beside_the_output_stay(plan, tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.tex").write_text("all my work", encoding="utf-8")
+    if name == "out.partial":
+        for write in (
+            lambda: check_output(plan, tmp_path / "out", overwrite=True),
+            staged(tmp_path / "out").__enter__,
+        ):
+            with pytest.raises(OutputError, match=r"out\.partial, which holds other files; move them away"):
+                write()
+    else:
+        for _ in range(2):
+            with staged(tmp_path / "out") as folder:
+                (folder / "config.json").touch()
+    assert (tmp_path / name / "thesis.tex").read_text(encoding="utf-8") == "all my work"
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced_without_leave(tmp_path):
+    staging = staged(tmp_path / "out", overwrite=False)
+    folder = staging.__enter__()
+    (folder / "new").touch()
+    shutil.copytree(folder, tmp_path / "out")
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        staging.__exit__(None, None, None)
+    assert entries(tmp_path) == ["out"]
+
+
+def test_a_computed_tensor_may_be_made_when_it_is_written(plan, contents, tmp_path):
+    for name, chosen in {"made": contents, "late": {name: lambda t=t: t for name, t in contents.items()}}.items():
+        (tmp_path / name).mkdir()
+        write_weights(plan, chosen, tmp_path / name)
+    assert folder_hashes(tmp_path / "made") == folder_hashes(tmp_path / "late")
 
 
 def test_a_link_to_a_folder_stays_a_link(tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "target")
+    (tmp_path / "target" / "upcycling.json").touch()
     with staged(tmp_path / "link") as folder:
         (folder / "new").touch()
     assert (tmp_path / "link").is_symlink()
@@ -201,10 +266,11 @@ def test_too_little_free_space_is_noticed_before_the_first_byte(plan, tmp_path, 
 def test_what_a_killed_run_left_counts_as_free(plan, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**12, 0, 64 * 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "half").write_bytes(bytes(plan.num_bytes))
+    partial = leave_partial(tmp_path)
+    (partial / "out" / "half").write_bytes(bytes(plan.num_bytes))
     check_output(plan, tmp_path / "out", overwrite=False)
-    (tmp_path / "out.partial" / "half").unlink()
+    # An old output that the killed run had moved away comes back, and frees nothing.
+    (partial / "out").rename(partial / "out.replaced")
     with pytest.raises(OutputError, match="make room"):
         check_output(plan, tmp_path / "out", overwrite=False)
 
@@ -214,12 +280,38 @@ def test_a_folder_in_use_is_not_written_over(plan, tmp_path, overwrite):
     out = tmp_path / "out"
     out.mkdir()
     check_output(plan, out, overwrite)
-    (out / "file").touch()
+    (out / "config.json").touch()
     if overwrite:
         check_output(plan, out, overwrite)
     else:
         with pytest.raises(OutputError, match="exists and is not empty; give another folder, or --overwrite"):
             check_output(plan, out, overwrite)
+
+
+def test_only_a_checkpoint_is_replaced(plan, tmp_path):
+    out = tmp_path / "out"
+    (out / "model").mkdir(parents=True)
+    (out / "model" / "config.json").touch()  # below the top level it says nothing of the folder
+    for write in (lambda: convert(plan.source, plan.recipe, out, overwrite=True), staged(out).__enter__):
+        with pytest.raises(OutputError, match=r"holds no checkpoint \(config\.json or upcycling\.json\)"):
+            write()
+    assert entries(tmp_path) == ["out"]
+    assert entries(out) == ["model"]
+    (out / "upcycling.json").touch()
+    convert(plan.source, plan.recipe, out, overwrite=True)
+    assert "model" not in entries(out)
+
+
+@pytest.mark.parametrize("name", ["~/text.txt", "~/*.txt", "~"])
+def test_calibration_text_at_home_is_kept(dense, mixture_recipe, tmp_path, monkeypatch, name):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "text.txt").touch()
+    (home / "config.json").touch()
+    monkeypatch.setenv("HOME", str(home))
+    plan = build_plan(open_source(str(dense())), mixture_recipe(calibration_data=[name]))
+    with pytest.raises(OutputError, match="which replacing it would delete"):
+        check_output(plan, home, overwrite=True)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
