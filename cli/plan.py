@@ -61,7 +61,7 @@ def print_plan(plan: "ConversionPlan", out: Path, as_json: bool) -> None:
     for name, value in {
         "Source": f"{plan.source.name} ({config.base_model_type}, {config.num_hidden_layers} layers)",
         "Experts": f"{config.num_experts} a layer, {config.num_experts_per_tok} active, by {plan.recipe.experts}",
-        "Equals the dense model": "yes" if plan.preserves_function else "no",
+        "Preserves the function": plan.preserves_function,
         "Parameters": f"{format_count(plan.total_parameters)} total, {format_count(plan.active_parameters)} active",
         "FLOPs per token": f"{format_count(plan.flops_per_token)} forward, attention scores not counted",
         "Size": f"{format_bytes(plan.num_bytes)} in {len(plan.shards)} file{'s' * (len(plan.shards) > 1)}",

@@ -52,6 +52,11 @@ class LayerActivations:
     ffn_inputs: list[Tensor]
 
 
+def _sum(values: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Return the sum in float64, or in float32 where the device has nothing better."""
+    return values.sum(dim=dim, dtype=torch.float32 if values.device.type == "mps" else torch.float64)
+
+
 @dataclass
 class _KeyRecorder:
     """Sums over tokens of keys before rotation, and of the keys that each head attends to."""
@@ -64,7 +69,7 @@ class _KeyRecorder:
 
     def record_keys(self, keys: Tensor, head_dim: int) -> None:
         self.keys = keys.reshape(*keys.shape[:2], -1, head_dim).transpose(1, 2)
-        self.key_sum = self.key_sum + self.keys.sum(dim=(0, 2), dtype=torch.float64)
+        self.key_sum = self.key_sum + _sum(self.keys, dim=(0, 2))
         self.num_tokens += self.keys.shape[0] * self.keys.shape[2]
 
 
@@ -77,7 +82,7 @@ def _recording_attention(module, query, key, value, attention_mask, **kwargs):
     recorder: _KeyRecorder = module.key_recorder
     if recorder.attended:
         attended, _ = sdpa_attention_forward(module, query, key, recorder.keys, attention_mask, **kwargs)  # [B,S,n,h]
-        recorder.attended_sum = recorder.attended_sum + attended.sum(dim=(0, 1), dtype=torch.float64)
+        recorder.attended_sum = recorder.attended_sum + _sum(attended, dim=(0, 1))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -110,7 +115,7 @@ def calibration_blocks(source: DenseSource, recipe: ConversionRecipe) -> Tensor:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SettingsError(f"{source.name}: its tokenizer cannot be loaded ({reason})") from error
     documents = open_text(recipe.calibration_data, recipe.calibration_split, recipe.calibration_text_column)
-    num_blocks = recipe.calibration_tokens // recipe.calibration_block_size
+    num_blocks = recipe.num_calibration_blocks
     packed = pack_blocks(documents, tokenizer, recipe.calibration_block_size)
     blocks = [torch.tensor(block["input_ids"]) for block in islice(packed, num_blocks)]
     if len(blocks) < num_blocks:

@@ -10,8 +10,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
+from ..common.text import find_files
 from .numbers import format_bytes, format_count
-from .plan import ConversionPlan, router_plans
+from .plan import ConversionPlan
 from .report import RouterReport
 from .writer import write_text
 
@@ -30,6 +31,7 @@ def render_card(plan: ConversionPlan, reports: list[RouterReport] | None) -> str
     parent_card = _parent_card(source.folder)
     is_hub_id = _is_hub_id(source.name) and not Path(source.name).exists()
     parent = source.name if is_hub_id else Path(source.name).resolve().name
+    is_causal_lm = config.architectures[0].endswith("ForCausalLM")
     title = f"{parent.split('/')[-1]}-{config.num_experts}x-MoE"
     card_data = ModelCardData(
         base_model=parent if is_hub_id else None,
@@ -38,15 +40,15 @@ def render_card(plan: ConversionPlan, reports: list[RouterReport] | None) -> str
         license_link=parent_card.get("license_link"),
         language=parent_card.language,
         library_name="transformers",
-        pipeline_tag="text-generation" if config.architectures[0].endswith("CausalLM") else "text-classification",
-        tags=["moe", "mixture-of-experts", "upcycling", "custom_code", "arxiv:2509.00679"],
+        pipeline_tag="text-generation" if is_causal_lm else "text-classification",
+        datasets=[name for name in recipe.calibration_data if _is_hub_dataset(name)] or None,
+        tags=["moe", "mixture-of-experts", "upcycling", "custom_code", f"arxiv:{plan.router.paper}"],
     )
     values: dict[str, Any] = {
         "title": title,
-        "model_id": title,
         "source_name": parent,
         "base_model_is_hub_id": is_hub_id,
-        "preserves_function": plan.preserves_function,
+        "preserves_function": plan.preserves_function == "exact",
         "total_parameters": format_count(plan.total_parameters),
         "active_parameters": format_count(plan.active_parameters),
         "num_layers": config.num_hidden_layers,
@@ -54,12 +56,19 @@ def render_card(plan: ConversionPlan, reports: list[RouterReport] | None) -> str
         "num_experts": config.num_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
         "experts": recipe.experts,
-        "router": f"{recipe.router}: {router_plans(plan)[0].initialization}",
+        "router": f"{recipe.router}: {plan.router.describe()}",
+        "method": plan.router.method,
+        "paper": plan.router.paper,
+        "is_classifier": not is_causal_lm,
+        "auto_class": "AutoModelForCausalLM" if is_causal_lm else "AutoModelForSequenceClassification",
+        "has_tokenizer": source.has_tokenizer,
         "dtype": ", ".join(sorted({tensor.dtype for tensor in plan.tensors})),
         "size": format_bytes(plan.num_bytes),
         "routers": reports,
-        "calibration_tokens": f"{recipe.calibration_tokens:,}",
-        "calibration_data": ", ".join(f"`{Path(name).name}`" for name in recipe.calibration_data),
+        "calibration_tokens": f"{recipe.num_calibrated_tokens:,}",
+        "calibration_data": ", ".join(
+            f"`{name if _is_hub_dataset(name) else Path(name).name}`" for name in recipe.calibration_data
+        ),
         "uniform_entropy": f"{math.log(config.num_experts):.3f}",
         "balanced_load": f"{1 / config.num_experts:.3f}",
     }
@@ -73,6 +82,10 @@ def _is_hub_id(name: str) -> bool:
     except HFValidationError:
         return False
     return "/" in name
+
+
+def _is_hub_dataset(name: str) -> bool:
+    return not find_files(name) if _is_hub_id(name.partition(":")[0]) else False
 
 
 def _parent_card(folder: Path) -> ModelCardData:

@@ -20,18 +20,10 @@ from modeling_upcycled_moe import ROUTERS
 from ..common.routing import router_metrics
 from .calibration import LayerActivations, best_device, calibrate, calibration_blocks
 from .card import write_card
-from .plan import ConversionPlan, build_plan, router_shapes
+from .heads import coinciding_keys
+from .plan import ConversionPlan, build_plan
 from .recipe import ConversionRecipe
 from .report import RouterReport, report_router
-from .routers import (
-    HeadSplit,
-    coinciding_keys,
-    expert_keys,
-    head_split,
-    query_rows,
-    random_router,
-    tensor_generator,
-)
 from .source import COMPANION_FILES, COMPANION_FOLDERS, DTYPES, DenseSource
 from .writer import BUFFER_BYTES, Content, check_output, staged, write_text, write_weights
 
@@ -83,6 +75,11 @@ def convert(
     check_output(plan, out, overwrite)
     if not source.has_tokenizer:
         progress.warn(f"{source.name} has no tokenizer, so the result has none; put its files beside the weights.")
+    if plan.config.num_experts_per_tok == 1 and plan.config.norm_topk_prob:
+        progress.warn(
+            "num_experts_per_tok=1: the weight of the only expert is always 1, so the language-modeling loss gives "
+            "the routers no gradient; use 2, or train with norm_topk_prob=False."
+        )
     contents, reports = initial_routers(plan, progress)
     # Hashing reads what copying has just brought into memory, on another core.
     with staged(out) as folder, _in_background(_hash_files, source.weight_files) as hashes:
@@ -100,28 +97,26 @@ def convert(
 def initial_routers(plan: ConversionPlan, progress: Progress) -> tuple[dict[str, Content], list[RouterReport] | None]:
     """Return the content of every router tensor by name, and what the routers do on the calibration text, if any."""
     recipe, layers = plan.recipe, plan.config.moe_layers
+    contents: dict[str, Content] = {}
     if not recipe.calibration_data:
-        contents: dict[str, Content] = {}
         for layer_idx in layers:
-            contents |= _named(layer_idx, _random_router(plan, layer_idx))
+            contents |= _named(layer_idx, plan.router.tensors(layer_idx, None))
         return contents, None
+    reports = []
     blocks = calibration_blocks(plan.source, recipe)
-    split = head_split(plan.source, recipe) if recipe.router == "mixture" else None
-    contents, reports = {}, []
     with progress.task("Calibrating", max(layers) + 1, "layers") as advance:
-        activations = calibrate(
+        for activations in calibrate(
             plan.source,
             blocks,
             layers,
-            attended=split is not None and split.key_statistic == "attended",
+            attended=plan.router.attended_keys,
             batch_size=recipe.calibration_batch_size,
             device=best_device(),
             on_layer=lambda: advance(1),
-        )
-        for layer in activations:
-            router = _random_router(plan, layer.layer) if split is None else _mixture_router(plan, split, layer)
-            tensors, report = _scaled_and_measured(plan, layer, router)
-            contents |= _named(layer.layer, tensors)
+        ):
+            tensors = plan.router.tensors(activations.layer, activations)
+            tensors, report = _scaled_and_measured(plan, activations, tensors)
+            contents |= _named(activations.layer, tensors)
             reports.append(report)
     _warn_of_degenerate_routers(plan, reports, progress)
     return contents, reports
@@ -131,42 +126,26 @@ def _named(layer_idx: int, tensors: dict[str, Content]) -> dict[str, Content]:
     return {f"model.layers.{layer_idx}.mlp.gate.{name}": content for name, content in tensors.items()}
 
 
-def _random_router(plan: ConversionPlan, layer_idx: int) -> dict[str, Content]:
-    contents = {}
-    for name, shape in router_shapes(plan.config).items():
-        generator = tensor_generator(plan.recipe.seed, f"model.layers.{layer_idx}.mlp.gate.{name}")
-        contents[name] = random_router(shape, plan.config.initializer_range, generator)
-    return contents
-
-
-def _mixture_router(plan: ConversionPlan, split: HeadSplit, layer: LayerActivations) -> dict[str, Content]:
-    q_proj = plan.source.layer(layer.layer)["self_attn.q_proj.weight"]
-    head_keys = layer.mean_keys if split.key_statistic == "mean" else layer.attended_keys
-    return {"query_weight": query_rows(q_proj, split), "keys": expert_keys(head_keys, split)}
-
-
 @torch.no_grad()
 def _scaled_and_measured(
     plan: ConversionPlan, layer: LayerActivations, contents: dict[str, Content]
 ) -> tuple[dict[str, Content], RouterReport]:
     """Return the router with its logits scaled as the recipe asks, and what it does on the text that `layer` saw."""
-    config, target = plan.config, plan.recipe.target_logit_std
+    target, top_k = plan.recipe.target_logit_std, plan.config.num_experts_per_tok
     scores = _router_scores(plan, layer, contents)
-    measured = router_metrics(scores, config.num_experts_per_tok)["logit_std"]
+    measured = router_metrics(scores, top_k)["logit_std"]
     if target is not None and measured > 0:
-        # Scores grow with these tensors in proportion, whatever the pooling.
-        scaled = "keys" if config.router_type == "mixture" else "weight"
-        contents = contents | {scaled: contents[scaled] * (target / measured)}
+        name = plan.router.scaled_tensor
+        contents = contents | {name: contents[name] * (target / measured)}
         scores = _router_scores(plan, layer, contents)
     keys = contents.get("keys")
-    report = report_router(
+    return contents, report_router(
         layer.layer,
         scores,
-        config.num_experts_per_tok,
+        top_k,
         unscaled_logit_std=measured,
         coinciding_keys=None if keys is None else coinciding_keys(keys),
     )
-    return contents, report
 
 
 def _router_scores(plan: ConversionPlan, layer: LayerActivations, contents: dict[str, Content]) -> torch.Tensor:

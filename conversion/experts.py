@@ -1,7 +1,8 @@
 """How experts start: from a layer's dense FFN to the fused tensors of its experts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -45,4 +46,17 @@ def copy_experts(layer: Mapping[str, SourceTensor], num_experts: int) -> dict[st
     }
 
 
-EXPERTS = {"copy": copy_experts}
+@dataclass(frozen=True)
+class ExpertInitializer:
+    """How experts start.
+
+    Args:
+        contents: from a layer's tensors and the number of experts to the content of its fused tensors.
+        preserves_function: how well the MoE computes what its parent does while routing weights sum to one.
+    """
+
+    contents: Callable[[Mapping[str, SourceTensor], int], dict[str, FileBytes]]
+    preserves_function: Literal["exact", "approximate", "none"]
+
+
+EXPERTS = {"copy": ExpertInitializer(copy_experts, "exact")}

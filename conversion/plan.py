@@ -2,19 +2,21 @@
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from modeling_upcycled_moe import UpcycledQwenMoeConfig
+from modeling_upcycled_moe import ROUTERS, TopKRouter, UpcycledQwenMoeConfig
 
 from ..common.settings import SettingsError
 from ..common.text import find_files
 from .experts import EXPERTS, FileBytes
 from .recipe import ConversionRecipe
-from .routers import head_split
+from .routers import ROUTER_INITIALIZERS, RouterInitializer
 from .source import ARCHITECTURES, DTYPES, DenseSource
 
 
@@ -55,13 +57,14 @@ class ConversionPlan:
     """What a conversion will write.
 
     Args:
+        router: what the routers start from.
         config: configuration of the MoE model.
         shards: the weight files.
-        moe_layers: layers that get experts.
     """
 
     source: DenseSource
     recipe: ConversionRecipe
+    router: RouterInitializer
     config: UpcycledQwenMoeConfig
     shards: tuple[Shard, ...]
 
@@ -93,29 +96,34 @@ class ConversionPlan:
 
         Without the scores of attention, which grow with the context; the output head counts, the embedding does not.
         """
-        config = self.config
+        config, router = self.config, router_module(self.config)
         embedding = config.vocab_size * config.hidden_size
-        matrices = self.active_parameters - embedding
+        routers = len(config.moe_layers) * sum(parameter.numel() for parameter in router.parameters())
+        matrices = self.active_parameters - embedding - routers
         if config.tie_word_embeddings and config.architectures[0].endswith("ForCausalLM"):
             matrices += embedding
-        return 2 * matrices
+        return 2 * matrices + len(config.moe_layers) * router.flops_per_token
 
     @property
-    def preserves_function(self) -> bool:
-        """Whether the MoE model computes what the dense one does: equal experts, weights that sum to one."""
-        return self.recipe.experts == "copy" and self.config.norm_topk_prob
+    def preserves_function(self) -> str:
+        """How well the MoE model computes what the dense one does: `exact`, `approximate` or `none`."""
+        return EXPERTS[self.recipe.experts].preserves_function if self.config.norm_topk_prob else "none"
 
     @property
     def peak_memory_bytes(self) -> int:
         """Estimate of the largest resident memory. Copying needs none; calibration holds activations and one layer."""
         if not self.recipe.calibration_data:
             return BASE_MEMORY_BYTES
-        tokens = self.recipe.calibration_tokens
-        batch_tokens = self.recipe.calibration_batch_size * self.recipe.calibration_block_size
-        config = self.config
-        layer_parameters = sum(math.prod(t.shape) for t in self.source.layer(0).values())
-        activations = 2 * tokens * config.hidden_size + batch_tokens * (3 * config.intermediate_size)
-        return BASE_MEMORY_BYTES + 4 * (activations + layer_parameters)
+        config, recipe = self.config, self.recipe
+        batch_tokens = recipe.calibration_batch_size * recipe.calibration_block_size
+        embedding = self.source.tensors["model.embed_tokens.weight"]
+        itemsize = DTYPES[embedding.dtype].itemsize
+        layer_bytes = sum(tensor.num_bytes for tensor in self.source.layer(0).values())
+        # Of all tokens: what goes into the next layer, what came into the FFN, and the scores of the experts.
+        kept_bytes = recipe.num_calibrated_tokens * (2 * config.hidden_size * itemsize + 2 * 4 * config.num_experts)
+        batch_bytes = batch_tokens * itemsize * (3 * config.intermediate_size + 6 * config.hidden_size)
+        read_bytes = min(embedding.num_bytes, recipe.num_calibrated_tokens * config.hidden_size * itemsize)
+        return BASE_MEMORY_BYTES + kept_bytes + batch_bytes + read_bytes + 2 * layer_bytes
 
     def _is_tied_copy(self, tensor: PlannedTensor) -> bool:
         return tensor.name == "lm_head.weight" and self.config.tie_word_embeddings
@@ -130,7 +138,7 @@ class ConversionPlan:
             "flops_per_token": self.flops_per_token,
             "num_bytes": self.num_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
-            "preserves_function": "exact" if self.preserves_function else "none",
+            "preserves_function": self.preserves_function,
             "routers": [asdict(router) for router in router_plans(self)],
             "shards": [{"file": shard.file_name, "num_bytes": shard.num_bytes} for shard in self.shards],
             "tensors": [
@@ -159,10 +167,6 @@ def build_plan(source: DenseSource, recipe: ConversionRecipe) -> ConversionPlan:
     Raises:
         SettingsError: if the recipe does not fit the source, or asks for text that it does not name or that is absent.
     """
-    if recipe.router == "mixture" and not recipe.calibration_data:
-        raise SettingsError(
-            "router='mixture' averages attention keys over text; give calibration_data, or use router='linear'."
-        )
     if recipe.calibration_data and not source.has_tokenizer:
         raise SettingsError(f"{source.name}: has no tokenizer to read calibration_data with; put its files beside it.")
     if recipe.calibration_data and recipe.calibration_block_size > source.config.max_position_embeddings:
@@ -172,23 +176,17 @@ def build_plan(source: DenseSource, recipe: ConversionRecipe) -> ConversionPlan:
         )
     for name in recipe.calibration_data:
         find_files(name, recipe.calibration_split)
-    config = build_config(source, recipe)
-    return ConversionPlan(source, recipe, config, _shards(_planned_tensors(source, recipe, config), recipe))
+    router = ROUTER_INITIALIZERS[recipe.router](source, recipe)
+    config = build_config(source, recipe, router.config_fields())
+    return ConversionPlan(source, recipe, router, config, _shards(_planned_tensors(source, recipe, config), recipe))
 
 
-def build_config(source: DenseSource, recipe: ConversionRecipe) -> UpcycledQwenMoeConfig:
-    """Return the configuration of the MoE model: the dense one's fields, and what the recipe adds."""
+def build_config(
+    source: DenseSource, recipe: ConversionRecipe, router_fields: Mapping[str, Any]
+) -> UpcycledQwenMoeConfig:
+    """Return the configuration of the MoE model: the dense one's fields, and what recipe and router add."""
     names = UpcycledQwenMoeConfig.__dataclass_fields__.keys() - {"transformers_version", "architectures"}
     dense = {name: value for name, value in source.config.to_dict().items() if name in names}
-    router: dict[str, Any] = {"router_type": recipe.router}
-    if recipe.router == "mixture":
-        split = head_split(source, recipe)
-        router |= {
-            "num_routers": split.num_routers,
-            "num_router_keys": split.num_keys,
-            "router_head_dim": split.router_head_dim,
-            "router_pooling": recipe.router_pooling,
-        }
     try:
         return UpcycledQwenMoeConfig(
             **dense
@@ -203,8 +201,9 @@ def build_config(source: DenseSource, recipe: ConversionRecipe) -> UpcycledQwenM
                 "mlp_only_layers": recipe.mlp_only_layers,
                 "router_aux_loss_coef": recipe.router_aux_loss_coef,
                 "router_z_loss_coef": recipe.router_z_loss_coef,
+                "router_type": recipe.router,
             }
-            | router
+            | router_fields
         )
     except StrictDataclassError as error:
         raise SettingsError(str(error.__cause__ or error)) from error
@@ -212,39 +211,23 @@ def build_config(source: DenseSource, recipe: ConversionRecipe) -> UpcycledQwenM
 
 def router_plans(plan: ConversionPlan) -> list[RouterPlan]:
     """Return how the router of each MoE layer starts."""
-    recipe, config = plan.recipe, plan.config
-    if recipe.router == "linear":
-        initialization = f"random, N(0, {config.initializer_range})"
-    else:
-        split = head_split(plan.source, recipe)
-        units = f"query head{'s' * (split.heads_per_router > 1)}"
-        if split.unit_size < plan.source.head_dim:
-            units = f"part{'s' * (split.heads_per_router > 1)} ({split.unit_size} of {plan.source.head_dim} wide)"
-        initialization = (
-            f"{split.num_routers} routers of {split.heads_per_router} {units}, "
-            f"{split.num_keys} {split.key_statistic} keys"
-        )
+    router = router_module(plan.config)
     return [
         RouterPlan(
             layer=layer_idx,
-            router=recipe.router,
-            initialization=initialization,
-            parameters=sum(math.prod(shape) for shape in router_shapes(config).values()),
-            folds=recipe.router == "linear"
-            or (config.router_pooling == "sum" and config.num_router_keys == config.num_experts),
+            router=plan.recipe.router,
+            initialization=plan.router.describe(),
+            parameters=sum(parameter.numel() for parameter in router.parameters()),
+            folds=router.fold_obstacle is None,
         )
-        for layer_idx in config.moe_layers
+        for layer_idx in plan.config.moe_layers
     ]
 
 
-def router_shapes(config: UpcycledQwenMoeConfig) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of each tensor of a layer's router."""
-    if config.router_type == "linear":
-        return {"weight": (config.num_experts, config.hidden_size)}
-    return {
-        "query_weight": (config.num_routers, config.router_head_dim, config.hidden_size),
-        "keys": (config.num_router_keys, config.router_head_dim),
-    }
+def router_module(config: UpcycledQwenMoeConfig) -> TopKRouter:
+    """Return a router of the MoE model without storage, which knows its shapes, its cost and whether it folds."""
+    with torch.device("meta"):
+        return ROUTERS[config.router_type](config)
 
 
 def free_disk_bytes(out: Path) -> int:
@@ -281,10 +264,13 @@ def _moe_tensors(
     experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
     shapes = {"gate_up_proj": (experts, 2 * width, hidden), "down_proj": (experts, hidden, width)}
     dtype = layer["mlp.down_proj.weight"].dtype
-    contents = EXPERTS[recipe.experts](layer, experts)
+    contents = EXPERTS[recipe.experts].contents(layer, experts)
     return [
         PlannedTensor(f"{prefix}experts.{name}", dtype, shape, contents[name]) for name, shape in shapes.items()
-    ] + [PlannedTensor(f"{prefix}gate.{name}", dtype, shape, None) for name, shape in router_shapes(config).items()]
+    ] + [
+        PlannedTensor(f"{prefix}gate.{name}", dtype, tuple(parameter.shape), None)
+        for name, parameter in router_module(config).named_parameters()
+    ]
 
 
 def _layer_of(name: str) -> int | None:

@@ -15,6 +15,10 @@ from typing import Any, Literal
 from ..common.settings import SettingsError, check_keys
 
 
+# Settings that only one router type reads.
+ROUTER_SETTINGS = {"mixture": ("num_routers", "heads_per_router", "router_pooling", "key_statistic")}
+
+
 def _setting(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
@@ -66,15 +70,14 @@ class ConversionRecipe:
         for name in ("num_experts", "calibration_tokens", "calibration_block_size", "calibration_batch_size"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name}={getattr(self, name)} must be at least 1.")
+        for router, names in ROUTER_SETTINGS.items():
+            for setting in dataclasses.fields(self):
+                given = setting.name in names and getattr(self, setting.name) != _default(setting)
+                if given and router != self.router:
+                    raise SettingsError(f"{setting.name} has no meaning with router={self.router!r}; leave it out.")
         for name in ("num_routers", "heads_per_router"):
-            if getattr(self, name) is not None and self.router != "mixture":
-                raise SettingsError(f"{name} has no meaning with router={self.router!r}; leave it out.")
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise SettingsError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.router_pooling != "sum" and self.router != "mixture":
-            raise SettingsError(f"router_pooling has no meaning with router={self.router!r}; leave it out.")
-        if self.key_statistic != "auto" and self.router != "mixture":
-            raise SettingsError(f"key_statistic has no meaning with router={self.router!r}; leave it out.")
         target = self.target_logit_std
         if target is not None and not 0 < target < math.inf:
             raise SettingsError(f"router_logit_std={self.router_logit_std} must be above zero and finite.")
@@ -97,6 +100,16 @@ class ConversionRecipe:
         if self.router_logit_std == "auto":
             return 1.0 if self.router == "mixture" else None
         return None if self.router_logit_std == "none" else float(self.router_logit_std)
+
+    @property
+    def num_calibration_blocks(self) -> int:
+        """Whole sequences in `calibration_tokens`."""
+        return self.calibration_tokens // self.calibration_block_size
+
+    @property
+    def num_calibrated_tokens(self) -> int:
+        """Tokens that calibration really sees: those of whole sequences."""
+        return self.num_calibration_blocks * self.calibration_block_size
 
     @property
     def max_shard_bytes(self) -> int:

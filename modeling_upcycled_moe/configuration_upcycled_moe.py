@@ -22,6 +22,11 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_upcycled_moe.UpcycledQwenMoeForSequenceClassification",
 }
 
+# Fields that only one router type reads, and what they are when another one is used.
+ROUTER_FIELDS = {
+    "mixture": {"num_routers": None, "num_router_keys": None, "router_head_dim": None, "router_pooling": "sum"},
+}
+
 # Tensor-parallel styles of the shared expert are those of the dense MLP.
 _SHARED_EXPERT_TP_PLAN = {
     f"layers.*.mlp.shared_expert.{name}": Qwen3MoeConfig.base_model_tp_plan[f"layers.*.mlp.{name}"]
@@ -149,6 +154,12 @@ class UpcycledQwenMoeConfig(Qwen3Config):
         """Return whether decoder layer `layer_idx` (from 0) has experts, as in Qwen2-MoE and Qwen3-MoE."""
         return layer_idx not in self.mlp_only_layers and (layer_idx + 1) % self.decoder_sparse_step == 0
 
+    def use_linear_router(self) -> None:
+        """Turn into the configuration of the same model with linear routers."""
+        for name, value in ROUTER_FIELDS.get(self.router_type, {}).items():
+            setattr(self, name, value)
+        self.router_type = "linear"
+
     @property
     def moe_layers(self) -> list[int]:
         """Indices of the decoder layers that have experts."""
@@ -226,23 +237,21 @@ class UpcycledQwenMoeConfig(Qwen3Config):
 
     def validate_router(self):
         """Part of `@strict` validation."""
-        mixture_fields = ("num_routers", "num_router_keys", "router_head_dim")
+        for router_type, unused in ROUTER_FIELDS.items():
+            given = [name for name, value in unused.items() if getattr(self, name) != value]
+            if given and router_type != self.router_type:
+                raise ValueError(
+                    f"router_type={self.router_type!r} does not use {', '.join(given)}; "
+                    f"leave them out or set router_type={router_type!r}."
+                )
         if self.router_type == "mixture":
-            for name in mixture_fields:
+            for name in ("num_routers", "num_router_keys", "router_head_dim"):
                 if getattr(self, name) < 1:
                     raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
             if self.num_router_keys % self.num_experts:
                 raise ValueError(
                     f"num_router_keys={self.num_router_keys} is not a multiple of num_experts={self.num_experts}: "
                     "every expert owns the same number of keys."
-                )
-        else:
-            given = [name for name in mixture_fields if getattr(self, name) is not None]
-            given += ["router_pooling"] if self.router_pooling != "sum" else []
-            if given:
-                raise ValueError(
-                    f"router_type={self.router_type!r} does not use {', '.join(given)}; "
-                    "leave them out or set router_type='mixture'."
                 )
         if not 0 <= self.router_jitter_noise < 1:
             raise ValueError(f"router_jitter_noise={self.router_jitter_noise} is outside [0, 1).")

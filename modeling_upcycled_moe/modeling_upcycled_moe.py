@@ -152,8 +152,7 @@ class UpcycledQwenMoePreTrainedModel(PreTrainedModel):
         """
         blocks = self._moe_blocks()
         folded = [block.gate.fold() for block in blocks]
-        self.config.router_type = "linear"
-        self.config.num_routers = self.config.num_router_keys = self.config.router_head_dim = None
+        self.config.use_linear_router()
         for block, weight in zip(blocks, folded, strict=True):
             router = LinearRouter(self.config).train(block.gate.training)
             router.weight = nn.Parameter(weight)

@@ -27,12 +27,28 @@ class TopKRouter(nn.Module):
         """Return the router logits [T, E] of `hidden_states` [T, H]."""
         raise NotImplementedError
 
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of `score` for one token, two for each weight that it is multiplied with."""
+        raise NotImplementedError
+
+    @property
+    def fold_obstacle(self) -> str | None:
+        """Why no linear router gives the same logits; None if one does."""
+        return None
+
     def fold(self) -> torch.Tensor:
         """Return the weight [E, H] of the linear router that gives the same logits.
 
         Raises:
-            ValueError: if no linear router does.
+            ValueError: if no linear router does; see `fold_obstacle`.
         """
+        if self.fold_obstacle:
+            raise ValueError(self.fold_obstacle)
+        return self.folded_weight()
+
+    def folded_weight(self) -> torch.Tensor:
+        """Return the weight for `fold`, where nothing stands in the way."""
         raise NotImplementedError
 
     def reset_parameters(self, std: float) -> None:
@@ -67,7 +83,11 @@ class LinearRouter(TopKRouter):
     def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden_states, self.weight)
 
-    def fold(self) -> torch.Tensor:
+    @property
+    def flops_per_token(self) -> int:
+        return 2 * self.weight.numel()
+
+    def folded_weight(self) -> torch.Tensor:
         return self.weight.detach().clone()
 
 
@@ -101,17 +121,27 @@ class MixtureRouter(TopKRouter):
             return key_scores
         return key_scores.unflatten(-1, (self.num_experts, -1)).amax(dim=-1)
 
-    def fold(self) -> torch.Tensor:
+    @property
+    def flops_per_token(self) -> int:
+        num_queries = 1 if self.pooling == "sum" else self.num_routers
+        query_weights = num_queries * self.query_weight[0].numel()
+        return 2 * (query_weights + num_queries * self.keys.numel())
+
+    @property
+    def fold_obstacle(self) -> str | None:
         if self.pooling != "sum":
-            raise ValueError(
+            return (
                 f"router_pooling={self.pooling!r} does not fold into a linear router: "
                 "the maximum over routers is not linear in the token. Only 'sum' folds."
             )
         if self.num_keys != self.num_experts:
-            raise ValueError(
+            return (
                 f"num_router_keys={self.num_keys} with num_experts={self.num_experts} does not fold into a linear "
                 "router: the best of several keys is not linear in the token. Only one key an expert folds."
             )
+        return None
+
+    def folded_weight(self) -> torch.Tensor:
         # In float64: at 64 experts, folding in bfloat16 changes the experts of about 3 % of the tokens.
         folded = self.keys.detach().double() @ self.query_weight.detach().double().sum(dim=0)
         return folded.to(self.query_weight.dtype)

@@ -77,7 +77,7 @@ def test_a_plan_for_people(upcycled_moe, dense, calibration):
     for text in (
         "(qwen2, 3 layers)",
         "4 a layer, 2 active",
-        "Equals the dense model  yes",
+        "Preserves the function  exact",
         "0-2",
         "4 routers of 1 query head, 4 attended keys",
         "model.layers.N.mlp.experts.gate_up_proj",

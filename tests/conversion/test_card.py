@@ -77,3 +77,18 @@ def test_a_parent_on_the_hub_is_linked(dense, linear_recipe):
     assert card.data.base_model == "Qwen/Qwen2.5-0.5B"
     assert "[Qwen/Qwen2.5-0.5B](https://huggingface.co/Qwen/Qwen2.5-0.5B)" in card.text
     assert card.text.startswith("\n# Qwen2.5-0.5B-4x-MoE") or card.text.startswith("# Qwen2.5-0.5B-4x-MoE")
+
+
+def test_the_card_of_a_random_router_names_its_own_method(dense, linear_recipe, tmp_path):
+    card = convert(open_source(str(dense())), linear_recipe(), tmp_path / "out").folder / "README.md"
+    assert "vanilla upcycling" in card.read_text()
+    assert "Router Upcycling" not in card.read_text()
+    assert "arxiv:2212.05055" in ModelCard.load(card).data.tags
+
+
+def test_the_code_in_the_card_runs(dense, linear_recipe, tmp_path, monkeypatch, capsys):
+    folder = convert(open_source(str(dense())), linear_recipe(), tmp_path / "out").folder
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(folder)
+    exec(compile(code, "card", "exec"), {})
+    assert capsys.readouterr().out.startswith("Once upon a time")

@@ -115,7 +115,9 @@ def test_the_papers_model_has_the_papers_size(tmp_path, text_file):
     assert plan.active_parameters == pytest.approx(0.85e9, rel=0.01)
     assert plan.num_bytes == 2 * plan.total_parameters
     # Two for each weight that a token is multiplied with: all but the embedding, which is looked up.
-    assert plan.flops_per_token == 2 * (plan.active_parameters - embedding)
+    # The eight routers are added up before a token meets them.
+    routers, as_one_router = 24 * (8 * 128 * 1024 + 8 * 128), 24 * (128 * 1024 + 8 * 128)
+    assert plan.flops_per_token == 2 * (plan.active_parameters - embedding - routers + as_one_router)
     assert (plan.config.num_routers, plan.config.router_head_dim) == (8, 128)
     (initialization,) = {router.initialization for router in router_plans(plan)}
     assert initialization == "8 routers of 2 query heads, 8 mean keys"
