@@ -18,9 +18,11 @@ from .report import TrainedModel, print_table, read_run, write_plots
 
 FOLDER = Path(str(files("upcycled_moe.demo")))
 TEXT = FOLDER / "text"
-TRAIN_TEXT = sorted(TEXT.glob("*_train.txt"))
-VALIDATION_TEXT = sorted(TEXT.glob("*_validation.txt"))
+TRAIN_TEXT = sorted(TEXT.glob("*_train.jsonl"))
+VALIDATION_TEXT = sorted(TEXT.glob("*_validation.jsonl"))
 PROMPT = "Alice was"
+# Tells a folder of the demo, which it may replace, from any other.
+MARKER = ".upcycled_moe_demo"
 
 
 class DemoError(RuntimeError):
@@ -45,9 +47,11 @@ def main() -> int:
     if options.steps is not None and options.steps < 15:
         parser.error(f"--steps {options.steps}: the first evaluation is after 15 steps; train for at least as many.")
     size = Size() if options.steps is None else replace(Size(), dense_steps=options.steps, moe_steps=options.steps)
-    if options.out.exists() and not (options.out / "parent").is_dir() and any(options.out.iterdir()):
+    if options.out.exists() and not (options.out / MARKER).exists() and any(options.out.iterdir()):
         parser.error(f"{options.out} holds something else; give another folder.")
     shutil.rmtree(options.out, ignore_errors=True)
+    options.out.mkdir(parents=True)
+    (options.out / MARKER).touch()
     try:
         run(options.out, size)
     except DemoError as error:

@@ -1,5 +1,6 @@
 """The demo's dense parent: a small Qwen2 with random weights and a tokenizer trained on the demo's text."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def write_parent(folder: Path, text_files: Sequence[Path], seed: int = 0) -> Non
 
 
 def train_tokenizer(text_files: Sequence[Path]):
-    """Return a byte-level BPE tokenizer, Qwen's kind, trained on `text_files`."""
+    """Return a byte-level BPE tokenizer, Qwen's kind, trained on `text_files` (jsonl with a column `text`)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -49,5 +50,6 @@ def train_tokenizer(text_files: Sequence[Path]):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train([str(path) for path in text_files], trainer)
+    rows = (json.loads(line)["text"] for path in text_files for line in path.read_text("utf-8").splitlines())
+    tokenizer.train_from_iterator(rows, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
