@@ -12,6 +12,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 from measure import Run, machine, run_process, spread
@@ -92,7 +93,9 @@ def write_dense(folder: Path) -> None:
 
     torch.manual_seed(0)
     Qwen3ForCausalLM(Qwen3Config(**QWEN2_0_5B)).to(torch.bfloat16).save_pretrained(folder)
-    train_tokenizer(sorted(Path(str(files("upcycled_moe.demo")), "text").glob("*_train.jsonl"))).save_pretrained(folder)
+    train_tokenizer(sorted(Path(str(files("upcycled_moe.demo")), "text").glob("*_train.jsonl"))).save_pretrained(
+        folder
+    )
 
 
 def weights_bytes(folder: Path) -> int:
