@@ -86,6 +86,19 @@ def _run(options: argparse.Namespace) -> int:
         reason = error.strerror or str(error)
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{reason}", 1)
+    except (MemoryError, RuntimeError) as error:
+        # Only what fails for lack of memory: any other one is a bug, and its traceback wanted.
+        from ..conversion.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        advice = (
+            "lower --sequence-length or --dtype"
+            if options.command == "verify"
+            else ("lower --calibration-batch-size or --calibration-tokens")
+        )
+        return _fail(f"out of memory ({reason}); {advice}, or set CUDA_VISIBLE_DEVICES= to run on the CPU.", 1)
     except KeyboardInterrupt:
         return _fail("interrupted.", 130)
 

@@ -15,14 +15,21 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "verify",
         usage="%(prog)s DENSE OUT [options]",
         help="compare a checkpoint with its dense parent",
-        description="Does OUT compute what its dense parent computes? OUT is loaded with its own code, as with "
-        "trust_remote_code=True. Exit status 3 if they differ.",
+        description="Does OUT compute what its dense parent computes? OUT is loaded with its own code: that in a "
+        "local folder runs as it is, that of a Hub id only with --trust-remote-code. Exit status 3 if they differ.",
     )
     parser.add_argument("dense", metavar="DENSE", help="dense Qwen checkpoint: folder or Hub id")
     parser.add_argument("moe", metavar="OUT", help="converted checkpoint: folder or Hub id")
     parser.add_argument("--revision", help="branch, tag or commit of DENSE on the Hub")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="compute in")
-    parser.add_argument("--tolerance", type=float, help="largest |Δlogit| (default: 5e-6 times the largest logit)")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code of an OUT that is not a local folder"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        help="largest |Δlogit| (default: 5e-6 times the largest logit, or 20 times the dense model's own rounding)",
+    )
     parser.add_argument("--num-sequences", type=int, default=4, help="random sequences to compare (default: 4)")
     parser.add_argument("--sequence-length", type=int, default=128, help="their length (default: 128)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sequences (default: 0)")
@@ -47,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
         num_sequences=options.num_sequences,
         sequence_length=options.sequence_length,
         seed=options.seed,
+        trust_remote_code=options.trust_remote_code,
     )
     if options.json:
         print(json.dumps(report.to_dict(), indent=2))
@@ -58,7 +66,13 @@ def run(options: argparse.Namespace) -> int:
 def print_verification(report: "VerifyReport") -> None:
     """Print the report for a person."""
     print(
-        f"{'Equal' if report.equal else 'DIFFERENT'}: largest |Δlogit| {report.max_difference:.1e} (allowed "
-        f"{report.tolerance:.1e}, largest logit {report.max_logit:.3g}), same argmax at "
+        f"{'Equal' if report.equal else 'DIFFERENT'}: largest |Δlogit| {report.max_difference:.1e}, "
+        f"{report.difference_to_allowed:.2g} of what is allowed there (the dense model's own rounding: up to "
+        f"{report.rounding_noise:.1e}, largest logit {report.max_logit:.3g}), same argmax at "
         f"{report.argmax_agreement:.2%} of {report.num_positions} positions, in {report.dtype}."
     )
+    if report.is_limited_by_rounding:
+        print(
+            f"Where this model rounds most, differences of up to {report.max_allowed:.1e} pass for rounding, and "
+            "faults that make no larger ones are not seen."
+        )

@@ -122,6 +122,8 @@ def open_source(model: str, revision: str | None = None) -> DenseSource:
     """
     folder = Path(model)
     if folder.is_dir():
+        if revision is not None:
+            raise SourceError(f"revision={revision!r} has no meaning for the local folder {model}; leave it out.")
         commit = None
     elif folder.is_file():
         raise SourceError(f"{model}: is a file; give the folder of the checkpoint.")
@@ -198,7 +200,13 @@ def _read_headers(folder: Path) -> dict[str, SourceTensor]:
         raise SourceError(f"{folder}: there is neither model.safetensors nor an index of its shards.{hint}")
     tensors: dict[str, SourceTensor] = {}
     for file_name in file_names:
-        tensors |= _read_header(folder / file_name)
+        header = _read_header(folder / file_name)
+        if twice := header.keys() & tensors.keys():
+            name = min(twice)
+            raise SourceError(
+                f"{folder}: tensor {name!r} is both in {tensors[name].path.name} and in {file_name}; fetch them again."
+            )
+        tensors |= header
     if absent := (weight_map.keys() - tensors.keys()):
         raise SourceError(f"{folder}: the index names {sorted(absent)[0]!r}, but no shard has it; fetch them again.")
     return tensors

@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from dense_checkpoints import folder_hashes
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 
 @pytest.fixture
@@ -94,6 +97,7 @@ def test_convert_for_people(upcycled_moe, dense, calibration, tmp_path):
     assert "Fresh routers on 512 tokens" in out
     assert f"Wrote {tmp_path / 'out'}: " in out
     assert "Equal: largest |Δlogit|" in out.splitlines()[-1]
+    assert "the dense model's own rounding: up to " in out.splitlines()[-1]
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_defaults(upcycled_moe, dense, tmp_path):
@@ -231,6 +235,7 @@ def test_verify_tells_equal_from_different_by_its_status(upcycled_moe, dense, co
     (tmp_path / "changed").replace(spoiled / "model.safetensors")
     status, out, err = upcycled_moe("verify", dense, spoiled, *options)
     assert (status, err) == (3, "")
+    assert json.loads(out)["rounding_noise"] > 0 if as_json else "the dense model's own rounding: up to " in out
     assert json.loads(out)["equal"] is False if as_json else out.startswith("DIFFERENT: largest |Δlogit| ")
 
 
@@ -240,6 +245,68 @@ def test_verify_of_what_cannot_be_loaded(upcycled_moe, dense, tmp_path):
     assert err == (
         f"upcycled-moe: error: {tmp_path}: there is no config.json; give the folder of a finished checkpoint.\n"
     )
+
+
+def test_verify_runs_no_downloaded_code_unasked(upcycled_moe, dense, converted, tmp_path):
+    for moe in ("org/model", tmp_path / "absent"):
+        status, out, err = upcycled_moe("verify", dense, moe)
+        assert (status, out) == (2, "")
+        assert f"{moe}: not a local folder, and a Hub checkpoint runs code that it brings; give" in err
+        assert "(--trust-remote-code) if you trust it." in err
+        status, out, err = upcycled_moe("verify", dense, moe, "--trust-remote-code")
+        assert (status, out) == (2, "")
+        assert f"{moe}: cannot be loaded (" in err
+
+
+def test_a_revision_of_a_local_folder_is_refused(upcycled_moe, dense, converted, tmp_path):
+    for arguments in (["plan", dense, "--router", "linear"], ["convert", dense, tmp_path / "out"], ["verify", dense]):
+        arguments += [converted] if arguments == ["verify", dense] else []
+        status, out, err = upcycled_moe(*arguments, "--revision", "v1")
+        assert (status, out) == (2, "")
+        assert f"revision='v1' has no meaning for the local folder {dense}" in err
+
+
+@pytest.mark.parametrize("command", ["convert", "verify"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: 12 bytes."),
+        MemoryError(),
+    ],
+    ids=["accelerator", "CPU", "Python"],
+)
+def test_a_full_memory_is_one_line_and_status_1(
+    upcycled_moe, dense, converted, calibration, tmp_path, monkeypatch, command, error
+):
+    def fail(*arguments, **settings):
+        raise error
+
+    monkeypatch.setattr(Qwen2Attention, "forward", fail)
+    arguments = [dense, converted] if command == "verify" else [dense, tmp_path / "out", *calibration]
+    status, out, err = upcycled_moe(command, *arguments)
+    assert (status, out) == (1, "")
+    assert err.startswith("upcycled-moe: error: out of memory (")
+    assert "lower --sequence-length" in err if command == "verify" else "lower --calibration-batch-size" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_too_large_to_load_is_a_full_memory(upcycled_moe, dense, converted, monkeypatch):
+    def fail(*arguments, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "from_pretrained", fail)
+    assert upcycled_moe("verify", dense, converted)[0] == 1
+
+
+def test_a_bug_keeps_its_traceback(upcycled_moe, dense, converted, monkeypatch):
+    def fail(*arguments, **settings):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(Qwen2Attention, "forward", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        upcycled_moe("verify", dense, converted)
 
 
 def test_convert_with_verify_fails_on_a_difference(upcycled_moe, dense, tmp_path, monkeypatch):
@@ -271,3 +338,11 @@ def test_results_that_cannot_be_printed_are_an_error(dense, converted, command):
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, check=False)
     assert result.returncode == 1
     assert result.stderr == b"upcycled-moe: error: No space left on device\n"
+
+
+def test_verify_says_what_rounding_may_hide(upcycled_moe, dense, converted):
+    options = ["--num-sequences", 1, "--sequence-length", 16, "--dtype", "bfloat16"]
+    status, out, _ = upcycled_moe("verify", dense, converted, *options)
+    assert status == 0
+    assert "pass for rounding, and faults that make no larger ones are not seen." in out
+    assert json.loads(upcycled_moe("verify", dense, converted, *options, "--json")[1])["is_limited_by_rounding"]

@@ -57,6 +57,7 @@ COMMANDS = {
         "-h",
         "--help",
         "--revision",
+        "--trust-remote-code",
         "--dtype",
         "--tolerance",
         "--num-sequences",

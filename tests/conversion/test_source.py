@@ -176,7 +176,14 @@ def test_a_spoiled_checkpoint_is_refused(copy_of, spoil, message):
     assert str(folder) in str(error.value)
 
 
+def repeat_tensor(folder):
+    first, last = (load_file(sorted(folder.glob("model-*.safetensors"))[number]) for number in (0, -1))
+    name = min(first)
+    save_file(last | {name: first[name] + 1}, last_shard(folder), metadata={"format": "pt"})
+
+
 SPOILED_SHARDS = {
+    "tensor in two shards": (repeat_tensor, r"tensor '.*' is both in model-00001-of-.* and in model-"),
     "missing shard": (lambda f: last_shard(f).unlink(), r"the shard is missing"),
     "truncated shard": (cut_last_byte, r"truncated: its header promises"),
     "absent tensor": (add_to_index, r"index names 'model\.layers\.9\.absent\.weight', but no shard has it"),
@@ -197,6 +204,11 @@ def test_spoiled_shards_are_refused(copy_of, spoil, message):
     spoil(folder)
     with pytest.raises(SourceError, match=message):
         open_source(str(folder))
+
+
+def test_a_local_folder_has_no_revision(dense):
+    with pytest.raises(SourceError, match=r"revision='main' has no meaning for the local folder .*; leave it out"):
+        open_source(str(dense()), "main")
 
 
 def test_a_file_is_no_checkpoint(tmp_path):

@@ -1,0 +1,13 @@
+"""Telling a full memory from other failures."""
+
+import torch
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` says that the accelerator's memory, or the machine's, is full."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # The CPU's allocator, and an accelerator whose driver refuses, raise a bare RuntimeError.
+    return isinstance(error, RuntimeError) and any(
+        text in str(error) for text in ("can't allocate memory", "not enough memory", "out of memory")
+    )
