@@ -1,6 +1,7 @@
 """The model card of a fresh checkpoint, filled with its own figures."""
 
 import math
+from glob import has_magic
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
-from ..common.text import find_files
 from .numbers import format_bytes, format_count
 from .plan import ConversionPlan
 from .report import RouterReport
@@ -85,7 +85,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _is_hub_dataset(name: str) -> bool:
-    return not find_files(name) if _is_hub_id(name.partition(":")[0]) else False
+    return _is_hub_id(name.partition(":")[0]) and not Path(name).exists() and not has_magic(name)
 
 
 def _parent_card(folder: Path) -> ModelCardData:

@@ -13,7 +13,6 @@ from huggingface_hub.errors import StrictDataclassError
 from modeling_upcycled_moe import ROUTERS, TopKRouter, UpcycledQwenMoeConfig
 
 from ..common.settings import SettingsError
-from ..common.text import find_files
 from .experts import EXPERTS, FileBytes
 from .recipe import ConversionRecipe
 from .routers import ROUTER_INITIALIZERS, RouterInitializer
@@ -174,8 +173,12 @@ def build_plan(source: DenseSource, recipe: ConversionRecipe) -> ConversionPlan:
             f"calibration_block_size={recipe.calibration_block_size} exceeds the model's "
             f"max_position_embeddings={source.config.max_position_embeddings}; lower it."
         )
-    for name in recipe.calibration_data:
-        find_files(name, recipe.calibration_split)
+    if recipe.calibration_data:
+        # Imported here: a plan without text need not wait for the readers of text.
+        from ..common.text import find_files
+
+        for name in recipe.calibration_data:
+            find_files(name, recipe.calibration_split)
     router = ROUTER_INITIALIZERS[recipe.router](source, recipe)
     config = build_config(source, recipe, router.config_fields())
     return ConversionPlan(source, recipe, router, config, _shards(_planned_tensors(source, recipe, config), recipe))

@@ -4,17 +4,21 @@ Dimensions: T tokens, H hidden size, E experts, R routers, J keys, D router head
 """
 
 import hashlib
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..common.settings import SettingsError
-from .calibration import LayerActivations
 from .experts import FileBytes
 from .heads import expert_keys, head_split, query_rows
 from .recipe import ConversionRecipe
 from .source import DenseSource
+
+
+if TYPE_CHECKING:
+    from .calibration import LayerActivations
 
 
 class RouterInitializer:
@@ -44,7 +48,7 @@ class RouterInitializer:
         """Return in a few words what the routers start from."""
         raise NotImplementedError
 
-    def tensors(self, layer_idx: int, activations: LayerActivations | None) -> dict[str, FileBytes | Tensor]:
+    def tensors(self, layer_idx: int, activations: "LayerActivations | None") -> dict[str, FileBytes | Tensor]:
         """Return the router tensors of a layer by name; `activations` is what it saw, None without text."""
         raise NotImplementedError
 
@@ -62,7 +66,7 @@ class RandomLinear(RouterInitializer):
     def describe(self) -> str:
         return f"random, N(0, {self.source.config.initializer_range})"
 
-    def tensors(self, layer_idx: int, activations: LayerActivations | None) -> dict[str, FileBytes | Tensor]:
+    def tensors(self, layer_idx: int, activations: "LayerActivations | None") -> dict[str, FileBytes | Tensor]:
         generator = tensor_generator(self.recipe.seed, f"model.layers.{layer_idx}.mlp.gate.weight")
         weight = torch.empty(self.recipe.num_experts, self.source.config.hidden_size)
         return {"weight": weight.normal_(0.0, self.source.config.initializer_range, generator=generator)}
@@ -105,7 +109,7 @@ class AttentionHeads(RouterInitializer):
             f"{split.num_keys} {split.key_statistic} keys"
         )
 
-    def tensors(self, layer_idx: int, activations: LayerActivations | None) -> dict[str, FileBytes | Tensor]:
+    def tensors(self, layer_idx: int, activations: "LayerActivations | None") -> dict[str, FileBytes | Tensor]:
         q_proj = self.source.layer(layer_idx)["self_attn.q_proj.weight"]
         head_keys = activations.attended_keys if self.attended_keys else activations.mean_keys
         return {"query_weight": query_rows(q_proj, self.split), "keys": expert_keys(head_keys, self.split)}
@@ -118,3 +122,8 @@ def tensor_generator(seed: int, name: str) -> torch.Generator:
     """Return the generator of the tensor `name`, which depends on nothing else: not on order, shards or threads."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def router_contents(layer_idx: int, tensors: Mapping[str, FileBytes | Tensor]) -> dict[str, FileBytes | Tensor]:
+    """Return the router tensors of a layer by their full names."""
+    return {f"model.layers.{layer_idx}.mlp.gate.{name}": content for name, content in tensors.items()}
