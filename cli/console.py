@@ -1,6 +1,7 @@
 """What a person sees: progress bars and warnings on stderr, tables on stdout."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -43,11 +44,21 @@ class ConsoleProgress:
 
 
 def quiet_libraries() -> None:
-    """Keep the progress bars and notices of the libraries underneath off stderr; ours say what they say."""
+    """Keep the progress bars and notices of the libraries underneath off stderr; ours say what they say.
+
+    But the Hub's downloads may take long, and nothing else tells of them: their bars stay, on a terminal.
+    """
     import datasets
     import transformers
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
-    transformers.utils.logging.disable_progress_bar()
+    are_downloads_quiet = are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        # The Hub's own switch in the environment wins, and it says so.
+        warnings.simplefilter("ignore")
+        transformers.utils.logging.disable_progress_bar()  # the Hub's too
+    if not are_downloads_quiet:
+        enable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
 

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     if options.recipe:
         check_kept(out, [Path(options.recipe)])
     quiet_libraries()
-    source = open_source(options.dense, options.revision)
+    source = open_source(options.dense, options.revision, weights=not options.dry_run)
     if options.dry_run:
         plan = build_plan(source, recipe)
         check_output(plan, out, options.overwrite)

@@ -38,7 +38,8 @@ def run(options: argparse.Namespace) -> int:
     from .console import quiet_libraries
 
     quiet_libraries()
-    print_plan(build_plan(open_source(options.dense, options.revision), recipe), Path(options.out), options.json)
+    source = open_source(options.dense, options.revision, weights=False)
+    print_plan(build_plan(source, recipe), Path(options.out), options.json)
     return 0
 
 

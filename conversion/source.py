@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -111,12 +112,14 @@ class DenseSource:
         return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
 
-def open_source(model: str, revision: str | None = None) -> DenseSource:
+def open_source(model: str, revision: str | None = None, *, weights: bool = True) -> DenseSource:
     """Read configuration and tensor headers of a dense Qwen checkpoint; no weight is read.
 
     Args:
         model: local folder, or Hub id, which is downloaded first.
         revision: branch, tag or commit of the Hub repository.
+        weights: whether the weights of a Hub model are downloaded. Without them their headers are read from the Hub:
+            enough for a plan, but the tensors' files are not there, and their offsets count from the header's end.
     Raises:
         SourceError: if it is not a dense Qwen checkpoint in safetensors, or a file is missing or truncated.
     """
@@ -128,25 +131,68 @@ def open_source(model: str, revision: str | None = None) -> DenseSource:
     elif folder.is_file():
         raise SourceError(f"{model}: is a file; give the folder of the checkpoint.")
     else:
-        folder = _download(model, revision)
+        folder = _download(model, revision, weights)
         commit = folder.name  # a snapshot's folder is named after its commit
     config = _read_config(model, folder)
-    tensors = _read_headers(folder)
+    repository = None if weights or commit is None else _Repository(model, commit)
+    tensors = _read_headers(folder, repository)
     _check_tensors(model, config, tensors)
     return DenseSource(name=model, folder=folder, revision=commit, config=config, tensors=tensors)
 
 
-def _download(model: str, revision: str | None) -> Path:
+@dataclass(frozen=True)
+class _Repository:
+    """A Hub repository at a commit, of which no weights are downloaded."""
+
+    model: str
+    commit: str
+
+    def has(self, file_name: str) -> bool:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        try:
+            return self._asking(HfApi().file_exists, file_name)
+        except SourceError as error:
+            if isinstance(error.__cause__, OfflineModeIsEnabled):
+                return False  # then what is in the cache is all there is
+            raise
+
+    def read_header(self, path: Path) -> dict[str, SourceTensor]:
+        from huggingface_hub import HfApi
+
+        header = self._asking(HfApi().parse_safetensors_file_metadata, path.name).tensors
+        return {
+            name: SourceTensor(name, entry.dtype, tuple(entry.shape), path, begin, end - begin)
+            for name, entry in header.items()
+            for begin, end in [entry.data_offsets]
+        }
+
+    def _asking(self, function: Callable, file_name: str) -> Any:
+        try:
+            return function(self.model, file_name, revision=self.commit)
+        # Beside the Hub's errors the HTTP client's, which is not the same in all versions of the Hub's library.
+        except Exception as error:
+            raise SourceError(f"{self.model}: {file_name} cannot be read from the Hub ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _download(model: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", "README.md", *COMPANION_FILES]
+    patterns = ["*.safetensors.index.json", "config.json", "README.md", *COMPANION_FILES]
+    patterns += ["*.safetensors"] * weights
     patterns += [f"{name}/*" for name in COMPANION_FOLDERS]
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SourceError(f"{model}: neither a local folder nor a Hub model that can be fetched ({reason})") from error
+        raise SourceError(
+            f"{model}: neither a local folder nor a Hub model that can be fetched ({_reason(error)})"
+        ) from error
 
 
 def _read_config(model: str, folder: Path) -> Any:
@@ -182,9 +228,9 @@ def _read_config(model: str, folder: Path) -> Any:
     return config
 
 
-def _read_headers(folder: Path) -> dict[str, SourceTensor]:
+def _read_headers(folder: Path, repository: _Repository | None) -> dict[str, SourceTensor]:
     index_path = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
+    if (folder / "model.safetensors").exists() or (repository and repository.has("model.safetensors")):
         # Transformers too takes it first where there are shards as well.
         weight_map, file_names = {}, ["model.safetensors"]
     elif index_path.exists():
@@ -200,7 +246,8 @@ def _read_headers(folder: Path) -> dict[str, SourceTensor]:
         raise SourceError(f"{folder}: there is neither model.safetensors nor an index of its shards.{hint}")
     tensors: dict[str, SourceTensor] = {}
     for file_name in file_names:
-        header = _read_header(folder / file_name)
+        is_remote = repository is not None and not (folder / file_name).exists()
+        header = repository.read_header(folder / file_name) if is_remote else _read_header(folder / file_name)
         if twice := header.keys() & tensors.keys():
             name = min(twice)
             raise SourceError(
