@@ -20,6 +20,15 @@ import torch
 import torch.nn.functional as F
 
 
+# Tokens that are counted at a time, so that the memory for it does not grow with the batch.
+CHUNK_TOKENS = 8192
+
+
+def sum_dtype(device: torch.device | str) -> torch.dtype:
+    """Return the type for sums over tokens: float32 loses counts above 2^24, but MPS has nothing better."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 class RouterStatistics:
     """Sums over tokens, for several layers, from which the figures above follow.
 
@@ -28,8 +37,7 @@ class RouterStatistics:
     """
 
     def __init__(self, num_layers: int, num_experts: int, device: torch.device | str = "cpu"):
-        # Float32 loses counts above 2^24; MPS has nothing better.
-        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        dtype = sum_dtype(device)
         self.selected = torch.zeros(num_layers, num_experts, dtype=dtype, device=device)  # [L, E]
         self.entropy = torch.zeros(num_layers, dtype=dtype, device=device)  # [L]
         self.variance = torch.zeros(num_layers, dtype=dtype, device=device)  # [L]
@@ -47,21 +55,27 @@ class RouterStatistics:
             weights: 1 for tokens that count and 0 for padding [T]; all count by default.
         """
         for layer, logits in enumerate(router_logits):
-            device, dtype = self.selected.device, self.selected.dtype
-            if weights is None:
-                counted = torch.ones(logits.shape[0], dtype=dtype, device=logits.device)
-            else:
-                counted = weights.to(logits.device, dtype)
-            log_probabilities = F.log_softmax(logits.float(), dim=-1)
-            probabilities = log_probabilities.exp()
-            chosen = torch.topk(F.softmax(logits.float(), dim=-1), num_experts_per_tok, dim=-1).indices  # [T, K]
-            selected = torch.zeros_like(logits, dtype=dtype).scatter_(-1, chosen, 1.0)  # [T, E]
-            entropy = -(probabilities * log_probabilities).sum(dim=-1)  # [T]
-            variance = logits.float().var(dim=-1, correction=0)  # [T]
-            self.selected[layer] += (counted @ selected).to(device)
-            self.entropy[layer] += (counted @ entropy.to(dtype)).to(device)
-            self.variance[layer] += (counted @ variance.to(dtype)).to(device)
-            self.num_tokens[layer] += counted.sum().to(device)
+            for begin in range(0, logits.shape[0], CHUNK_TOKENS):
+                chunk = slice(begin, begin + CHUNK_TOKENS)
+                self._add(layer, logits[chunk], num_experts_per_tok, None if weights is None else weights[chunk])
+
+    def _add(self, layer: int, logits: torch.Tensor, num_experts_per_tok: int, weights: torch.Tensor | None) -> None:
+        """Add the tokens of `logits` [T, E] to those of a layer."""
+        device, dtype = self.selected.device, self.selected.dtype
+        if weights is None:
+            counted = torch.ones(logits.shape[0], dtype=dtype, device=logits.device)
+        else:
+            counted = weights.to(logits.device, dtype)
+        log_probabilities = F.log_softmax(logits.float(), dim=-1)
+        probabilities = log_probabilities.exp()
+        chosen = torch.topk(F.softmax(logits.float(), dim=-1), num_experts_per_tok, dim=-1).indices  # [T, K]
+        selected = torch.zeros_like(logits, dtype=dtype).scatter_(-1, chosen, 1.0)  # [T, E]
+        entropy = -(probabilities * log_probabilities).sum(dim=-1)  # [T]
+        variance = logits.float().var(dim=-1, correction=0)  # [T]
+        self.selected[layer] += (counted @ selected).to(device)
+        self.entropy[layer] += (counted @ entropy.to(dtype)).to(device)
+        self.variance[layer] += (counted @ variance.to(dtype)).to(device)
+        self.num_tokens[layer] += counted.sum().to(device)
 
     def flatten(self) -> torch.Tensor:
         """Return all sums as one vector."""

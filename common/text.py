@@ -39,8 +39,10 @@ class TextStream(torch.utils.data.IterableDataset):
     the end of each pass.
     """
 
-    def __init__(self, streams: Sequence[IterableDataset]):
+    def __init__(self, streams: Sequence[IterableDataset], domains: Sequence[str | None] | None = None):
         self.streams = list(streams)
+        # The one domain of each stream, or None where its documents say it.
+        self.domains = [None] * len(self.streams) if domains is None else list(domains)
         self._state = self._start = self._beginning()
 
     def _beginning(self) -> dict[str, Any]:
@@ -95,13 +97,14 @@ def open_text(sources: Sequence[str], split: str = "train", text_column: str = "
     """
     if not sources:
         raise SettingsError("No text is given; name files, folders or Hub datasets.")
-    streams = []
+    opened = []
     for source in sources:
         if files := find_files(source, split):
-            streams += [_open_file(file, text_column) for file in files]
+            opened += [_open_file(file, text_column) for file in files]
         else:
-            streams.append(_open_hub_dataset(source, split, text_column))
-    return TextStream(streams)
+            opened.append(_open_hub_dataset(source, split, text_column))
+    streams, domains = zip(*opened, strict=True)
+    return TextStream(streams, domains)
 
 
 def find_files(source: str, split: str = "train") -> list[Path]:
@@ -142,7 +145,7 @@ def _domain_of(file: Path) -> str:
     return re.sub(rf"_({'|'.join(SPLITS)})$", "", file.stem)
 
 
-def _open_file(file: Path, text_column: str) -> IterableDataset:
+def _open_file(file: Path, text_column: str) -> tuple[IterableDataset, str | None]:
     loader = LOADERS[file.suffix]
     options = {"sample_by": "document"} if loader == "text" else {}
     column = "text" if loader == "text" else text_column
@@ -156,7 +159,7 @@ def _open_file(file: Path, text_column: str) -> IterableDataset:
         raise SettingsError(f"{file}: not a readable {loader} file ({_first_line(error)}).") from error
 
 
-def _open_hub_dataset(source: str, split: str, text_column: str) -> IterableDataset:
+def _open_hub_dataset(source: str, split: str, text_column: str) -> tuple[IterableDataset, str | None]:
     name, _, config = source.partition(":")
     try:
         rows = load_dataset(name, config or None, split=split, streaming=True)
@@ -174,8 +177,10 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _as_documents(rows: IterableDataset, source: str, text_column: str, domain: str) -> IterableDataset:
-    """Return `rows` with the columns `text` and `domain` only."""
+def _as_documents(
+    rows: IterableDataset, source: str, text_column: str, domain: str
+) -> tuple[IterableDataset, str | None]:
+    """Return `rows` with the columns `text` and `domain` only, and the one domain of all, if they name none."""
     first = next(iter(rows), None)
     if first is None:
         raise SettingsError(f"{source}: there is no text in it.")
@@ -187,7 +192,8 @@ def _as_documents(rows: IterableDataset, source: str, text_column: str, domain: 
     def to_document(row: dict[str, Any]) -> dict[str, str]:
         return {"text": row[text_column] or "", "domain": row.get("domain") or domain}
 
-    return rows.map(to_document, remove_columns=list(first), features=DOCUMENT_FEATURES)
+    documents = rows.map(to_document, remove_columns=list(first), features=DOCUMENT_FEATURES)
+    return documents, None if "domain" in first else domain
 
 
 class PackedBlocks(torch.utils.data.IterableDataset):
@@ -201,12 +207,14 @@ class PackedBlocks(torch.utils.data.IterableDataset):
         tokenizer: Its `eos_token` ends each document, if it has one.
         block_size: Tokens in a block.
         repeat: Start over at the end of the documents, without end.
+
+    Attributes:
+        max_read_ahead: A consumer that reads ahead saves an earlier position than the last one; any of the last so
+            many blocks can be saved.
     """
 
     # Documents that are tokenized at a time: enough for the tokenizer's threads, few enough to start soon.
     DOCUMENTS_PER_BATCH = 32
-    # A consumer that reads ahead saves an earlier position than the last one; this many batches are remembered.
-    NUM_REMEMBERED_BATCHES = 1024
 
     def __init__(
         self,
@@ -221,9 +229,10 @@ class PackedBlocks(torch.utils.data.IterableDataset):
         self.tokenizer = tokenizer
         self.block_size = block_size
         self.repeat = repeat
+        self.max_read_ahead = 256
         self.num_blocks = 0
         self._beginning = {"num_blocks": 0, "documents": None, "leftover": []}
-        self._history = deque([self._beginning], maxlen=self.NUM_REMEMBERED_BATCHES)
+        self._history = deque([self._beginning])
         self._start = {"num_blocks": 0, "batch": self._beginning}
 
     def state_dict(self, num_blocks: int | None = None) -> dict[str, Any]:
@@ -268,11 +277,20 @@ class PackedBlocks(torch.utils.data.IterableDataset):
                     "documents": self.documents.state_dict(),
                     "leftover": tokens[num_usable:],
                 }
-                self._history.append(batch)
+                self._remember(batch)
             if not self.repeat:
                 return
             logger.info("All documents were read; starting over after %d blocks.", self.num_blocks)
             batch = {**batch, "documents": self._beginning["documents"]}
+
+    def _remember(self, batch: dict[str, Any]) -> None:
+        """Add the beginning of a batch of documents, and forget those before any position that can be asked for."""
+        if self._history[-1]["num_blocks"] == batch["num_blocks"]:
+            # The batch between them completed no block.
+            self._history.pop()
+        self._history.append(batch)
+        while len(self._history) > 1 and self._history[1]["num_blocks"] <= self.num_blocks - self.max_read_ahead:
+            self._history.popleft()
 
     def _tokenize(self, texts: list[str]) -> list[int]:
         """Return the tokens of all documents, each with its end-of-text token."""

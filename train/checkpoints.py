@@ -1,33 +1,45 @@
-"""Which checkpoint a run goes on from."""
+"""Which checkpoint a run goes on from, and whether it is whole."""
 
+import json
+import os
 import re
+import sys
+import zipfile
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import strtobool
 
 from ..common.settings import SettingsError
+from .data import read_position
 
 
-def complete_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Return the checkpoints in `output_dir`, oldest first, without those whose saving was cut short."""
-    # The Trainer writes its state last.
-    folders = [file.parent for file in Path(output_dir).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
-    folders = [folder for folder in folders if re.fullmatch(r"checkpoint-\d+", folder.name)]
+def checkpoint_folders(output_dir: str | Path) -> list[Path]:
+    """Return the checkpoints in `output_dir`, oldest first, whole or not."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
 
 
 def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     """Return the checkpoint that `resume_from_checkpoint` means, or None for a fresh start.
 
+    `last` and `auto` pass over checkpoints whose saving was cut short, and say so.
+
     Raises:
-        SettingsError: if there is none, or a fresh start would mix its checkpoints with those of another run.
+        SettingsError: if there is none, the one that is named is not whole, nothing is left to train, or a fresh
+            start would mix its checkpoints with those of another run.
     """
     wanted, output_dir = training_args.resume_from_checkpoint, training_args.output_dir
-    checkpoints = complete_checkpoints(output_dir)
+    folders = checkpoint_folders(output_dir)
+    is_sharded = _is_sharded(training_args)
     if wanted in ("last", "auto"):
-        if checkpoints:
-            return str(checkpoints[-1])
+        for folder in reversed(folders):
+            if (fault := fault_of(folder, is_sharded)) is None:
+                return _unfinished(folder, training_args)
+            if training_args.process_index == 0:
+                print(f"train.py: warning: {folder} is passed over: {fault}.", file=sys.stderr)
         if wanted == "auto":
             return None
         raise SettingsError(
@@ -35,12 +47,122 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
             "leave it out to start, or set it to auto."
         )
     if wanted is not None:
-        if not Path(wanted, TRAINER_STATE_NAME).is_file():
-            raise SettingsError(f"resume_from_checkpoint={wanted}: no complete checkpoint there.")
-        return wanted
-    if checkpoints:
+        if (fault := fault_of(Path(wanted), is_sharded)) is not None:
+            raise SettingsError(f"resume_from_checkpoint={wanted}: not a complete checkpoint: {fault}.")
+        return _unfinished(Path(wanted), training_args)
+    # The Trainer writes its state last: without it a folder is what an interrupted first save left.
+    saved = [folder for folder in folders if (folder / TRAINER_STATE_NAME).is_file()]
+    if saved:
         raise SettingsError(
-            f"{output_dir} holds {checkpoints[-1].name} of an earlier run; continue it with "
+            f"{output_dir} holds {saved[-1].name} of an earlier run; continue it with "
             "resume_from_checkpoint=last, or choose another output_dir."
         )
     return None
+
+
+def _unfinished(folder: Path, training_args: TrainingArguments) -> str:
+    step = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+    if step >= training_args.max_steps:
+        raise SettingsError(
+            f"{folder} is at step {step} of max_steps={training_args.max_steps}, so nothing is left to train; raise "
+            "max_steps, or take the model from that folder."
+        )
+    return str(folder)
+
+
+def _is_sharded(training_args: TrainingArguments) -> bool:
+    return bool(training_args.fsdp) or bool(strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
+
+
+def fault_of(folder: Path, is_sharded: bool) -> str | None:
+    """Return what the checkpoint `folder` lacks, or None if a run can go on from it exactly.
+
+    The Trainer goes on from a checkpoint without an optimizer or random states too, with other weights than those of
+    a run that was not interrupted, and says nothing.
+
+    Args:
+        is_sharded: The run shards the model (FSDP), which has its own names for weights and optimizer.
+    """
+    if not folder.is_dir():
+        return "no such folder"
+    try:
+        _check_trainer_state(folder / TRAINER_STATE_NAME)
+        if is_sharded:
+            _check_sharded(folder, "pytorch_model_fsdp")
+            _check_sharded(folder, "optimizer")
+        else:
+            _check_weights(folder)
+            _check_archive(folder / "optimizer.pt")
+        _check_archive(folder / "scheduler.pt")
+        for name in _random_state_files(folder):
+            _check_archive(folder / name)
+    except _FaultError as fault:
+        return str(fault)
+    return None
+
+
+class _FaultError(Exception):
+    """What is wrong with a checkpoint."""
+
+
+def _check_trainer_state(file: Path) -> None:
+    _check_exists(file)
+    try:
+        is_state = isinstance(json.loads(file.read_text(encoding="utf-8"))["global_step"], int)
+    except (ValueError, KeyError, TypeError):
+        is_state = False
+    if not is_state:
+        raise _FaultError(f"{file.name} is empty or cut short")
+
+
+def _check_exists(file: Path) -> None:
+    if not file.is_file():
+        raise _FaultError(f"{file.name} is missing")
+
+
+def _check_archive(file: Path) -> None:
+    """Check a file of `torch.save`, whose table of contents is at its end."""
+    _check_exists(file)
+    if not zipfile.is_zipfile(file):
+        raise _FaultError(f"{file.name} is empty or cut short")
+
+
+def _check_sharded(folder: Path, name: str) -> None:
+    """Check what FSDP saves whole as one file, or sharded as a folder whose `.metadata` is written last."""
+    if (folder / f"{name}_0").is_dir():
+        if not (folder / f"{name}_0" / ".metadata").is_file():
+            raise _FaultError(f"{name}_0 is cut short")
+    else:
+        _check_archive(folder / f"{name}.bin")
+
+
+def _check_weights(folder: Path) -> None:
+    names = ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise _FaultError(f"{index.name} is empty or cut short") from None
+    for name in names:
+        _check_exists(folder / name)
+        try:
+            # It compares the length of the file with what the header announces.
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except SafetensorError:
+            raise _FaultError(f"{name} is empty or cut short") from None
+
+
+def _random_state_files(folder: Path) -> list[str]:
+    """Return the names of the files with the random states of all processes that saved `folder`."""
+    try:
+        position = read_position(folder)
+    except ValueError as error:
+        raise _FaultError(str(error)) from None
+    if position is not None:
+        num_processes = position["num_processes"]
+    else:
+        ranks = [int(file.stem.removeprefix("rng_state_")) for file in folder.glob("rng_state_*.pth")]
+        num_processes = max(ranks, default=0) + 1
+    return ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{rank}.pth" for rank in range(num_processes)]

@@ -4,8 +4,11 @@ Dimensions: B blocks in a batch, S block size.
 """
 
 import json
+import os
+import sys
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice, repeat
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from ..common.settings import SettingsError
-from ..common.text import PackedBlocks, open_text, pack_blocks
+from ..common.text import PackedBlocks, TextStream, open_text
 from .arguments import DataArguments
 
 
@@ -63,16 +66,57 @@ class SavePositionCallback(TrainerCallback):
     def __init__(self, blocks: PackedBlocks):
         self.blocks = blocks
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Each process draws the blocks of all, and Accelerate's loader is one micro-batch ahead.
+        num_blocks = args.per_device_train_batch_size * args.world_size
+        self.blocks.max_read_ahead = max(self.blocks.max_read_ahead, 4 * num_blocks)
+
     def on_save(self, args, state, control, **kwargs):
-        if not args.should_save or args.dataloader_num_workers:
-            # The text is read in a worker, whose position is out of reach: a resumed run reads it again.
+        if not args.should_save:
             return
         num_blocks = blocks_per_step(args)
-        position = self.blocks.state_dict(state.global_step * num_blocks)
-        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        (folder / POSITION_FILE).write_text(
-            json.dumps({"blocks_per_step": num_blocks, "block_size": self.blocks.block_size, **position})
-        )
+        position = {
+            "num_processes": args.world_size,
+            "blocks_per_step": num_blocks,
+            "block_size": self.blocks.block_size,
+            "num_texts": len(self.blocks.documents.streams),
+        }
+        # A worker's position is out of reach: a resumed run reads the text again.
+        if not args.dataloader_num_workers:
+            position |= self.blocks.state_dict(state.global_step * num_blocks)
+        _write_atomically(Path(args.output_dir, f"checkpoint-{state.global_step}", POSITION_FILE), position)
+
+
+def _write_atomically(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_position(checkpoint: str | Path) -> dict[str, Any] | None:
+    """Return what [`SavePositionCallback`] wrote into `checkpoint`, or None if there is nothing.
+
+    Raises:
+        ValueError: if it is not what was written.
+    """
+    path = Path(checkpoint, POSITION_FILE)
+    if not path.is_file():
+        return None
+    try:
+        position = json.loads(path.read_text(encoding="utf-8"))
+        numbers = [position[name] for name in ("num_processes", "blocks_per_step", "block_size", "num_texts")]
+        if "batch" in position:
+            numbers += [position["num_blocks"], position["batch"]["num_blocks"], *position["batch"]["leftover"]]
+            position["batch"]["documents"]
+        is_valid = all(isinstance(number, int) for number in numbers)
+    except (ValueError, KeyError, TypeError):
+        is_valid = False
+    if not is_valid:
+        raise ValueError(f"{POSITION_FILE} is empty or cut short")
+    return position
 
 
 def blocks_per_step(args: TrainingArguments) -> int:
@@ -84,12 +128,11 @@ def resume_position(checkpoint: str | Path, blocks: ResumableBlocks, args: Train
     """Let `blocks` go on where `checkpoint` was saved; without a saved position the text is read again up to there.
 
     Raises:
-        SettingsError: if the checkpoint was made with another global batch or block size.
+        SettingsError: if the checkpoint was made with another global batch, block size, or number of texts.
     """
-    path = Path(checkpoint, POSITION_FILE)
-    if not path.is_file():
+    state = read_position(checkpoint)
+    if state is None:
         return
-    state = json.loads(path.read_text())
     current = {"blocks_per_step": blocks_per_step(args), "block_size": blocks.blocks.block_size}
     for name, value in current.items():
         if state[name] != value:
@@ -97,13 +140,29 @@ def resume_position(checkpoint: str | Path, blocks: ResumableBlocks, args: Train
                 f"{checkpoint}: was saved with {name}={state[name]}, this run has {value}; resume with the same "
                 "global batch (per_device_train_batch_size x gradient_accumulation_steps x processes) and block_size."
             )
-    blocks.resume(state)
+    num_texts = len(blocks.blocks.documents.streams)
+    if state["num_texts"] != num_texts:
+        raise SettingsError(
+            f"{checkpoint}: was saved with {state['num_texts']} files or datasets in train_data, this run has "
+            f"{num_texts}; resume with the same."
+        )
+    if state["num_processes"] != args.world_size and args.process_index == 0:
+        print(
+            f"train.py: warning: {checkpoint} has the random states of {state['num_processes']} processes, this run "
+            f"has {args.world_size}; noise and dropout will be others.",
+            file=sys.stderr,
+        )
+    if "batch" in state:
+        blocks.resume(state)
 
 
 def evaluation_sets(
     data_args: DataArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Dataset]:
-    """Return the blocks of each domain in the evaluation text; they are few enough to be held in memory.
+    """Return the first `max_eval_blocks` blocks of each domain in the evaluation text.
+
+    Only these are held in memory, and a text of one domain is read no further than it takes. A text with a `domain`
+    column is read to its end, since nothing tells earlier which domains it holds.
 
     Each set is filled up with blocks without targets until all processes have the same number of whole batches, so
     that none repeats a block and the figures do not depend on the number of processes.
@@ -111,15 +170,11 @@ def evaluation_sets(
     Raises:
         SettingsError: if a domain has less text than one block.
     """
-    texts: dict[str, list[str]] = {}
-    for document in open_text(data_args.eval_data, data_args.eval_split, data_args.text_column):
-        texts.setdefault(document["domain"], []).append(document["text"])
+    documents = open_text(data_args.eval_data, data_args.eval_split, data_args.text_column)
+    domains = blocks_by_domain(documents, tokenizer, data_args.block_size, data_args.max_eval_blocks)
     batch_size = training_args.per_device_eval_batch_size * training_args.world_size
     sets = {}
-    for name in sorted(texts):
-        documents = Dataset.from_dict({"text": texts[name]}).to_iterable_dataset()
-        packed = pack_blocks(documents, tokenizer, data_args.block_size)
-        blocks = [block["input_ids"] for block in islice(packed, data_args.max_eval_blocks)]
+    for name, blocks in sorted(domains.items()):
         if not blocks:
             raise SettingsError(
                 f"The evaluation text of {name!r} is shorter than one block of {data_args.block_size} tokens."
@@ -130,3 +185,35 @@ def evaluation_sets(
             {"input_ids": blocks + blocks[:1] * num_missing, "labels": blocks + [no_targets] * num_missing}
         )
     return sets
+
+
+def blocks_by_domain(
+    documents: TextStream, tokenizer: PreTrainedTokenizerBase, block_size: int, max_blocks: int | None
+) -> dict[str, list[list[int]]]:
+    """Return the first `max_blocks` blocks of each domain, packed as [`PackedBlocks`] packs them."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    blocks: dict[str, list[list[int]]] = {}
+    leftovers: dict[str, list[int]] = {}
+    texts = deque(zip(map(iter, documents.streams), documents.domains, strict=True))
+    while texts:
+        text, domain = texts.popleft()
+        if domain in blocks and len(blocks[domain]) == max_blocks:
+            continue
+        document = next(text, None)
+        if document is None:
+            continue
+        texts.append((text, domain))
+        found = blocks.setdefault(document["domain"], [])
+        if len(found) == max_blocks:
+            continue
+        encoded = tokenizer([document["text"]], add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ][0]
+        tokens = [*leftovers.pop(document["domain"], []), *encoded, *end]
+        num_usable = len(tokens) - len(tokens) % block_size
+        if max_blocks is not None:
+            num_usable = min(num_usable, (max_blocks - len(found)) * block_size)
+        found += [tokens[begin : begin + block_size] for begin in range(0, num_usable, block_size)]
+        if len(found) != max_blocks:
+            leftovers[document["domain"]] = tokens[num_usable:]
+    return blocks

@@ -24,6 +24,11 @@ class UpcyclingTrainingArguments(RecipeArguments, TrainingArguments):
                 f"expected_processes={self.expected_processes}, but {self.world_size} started; "
                 "`accelerate launch --cpu` starts one whatever --num_processes says, torchrun starts them all."
             )
+        if self.save_only_model and self.resume_from_checkpoint is not None:
+            raise SettingsError(
+                f"resume_from_checkpoint={self.resume_from_checkpoint}, but save_only_model=true keeps no optimizer "
+                "to go on with; leave one of them out."
+            )
         if self.dataloader_num_workers > 1:
             raise SettingsError(
                 f"dataloader_num_workers={self.dataloader_num_workers}: each worker would read all of the text; "

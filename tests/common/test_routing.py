@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from upcycled_moe.common import routing
 from upcycled_moe.common.routing import RouterStatistics, router_metrics
 
 
@@ -75,6 +76,21 @@ def test_batches_and_processes_add_up(router_logits):
 
     for metrics in first.unflatten(first.flatten() + second.flatten()).metrics():
         _assert_equal(metrics, _naive(router_logits, TOP_K))
+
+
+@pytest.mark.parametrize("weights", [None, (torch.arange(NUM_TOKENS) % 3 != 0).float()])
+def test_a_large_batch_is_counted_in_small_parts(monkeypatch, router_logits, weights):
+    monkeypatch.setattr(routing, "CHUNK_TOKENS", 8)
+    sizes = []
+    log_softmax = routing.F.log_softmax
+
+    def measured_log_softmax(logits, dim):
+        sizes.append(len(logits))
+        return log_softmax(logits, dim)
+
+    monkeypatch.setattr(routing.F, "log_softmax", measured_log_softmax)
+    _assert_equal(router_metrics(router_logits, TOP_K, weights), _naive(router_logits, TOP_K, weights))
+    assert sizes == [8, 8, 8, 8, 5]
 
 
 def test_statistics_hold_no_graph(router_logits):

@@ -140,6 +140,25 @@ def test_packing_resumes_at_any_block_however_far_the_reader_is_ahead(two_files,
         assert [block for _, block in zip(range(10), resumed, strict=False)] == expected[position : position + 10]
 
 
+def test_any_block_within_the_read_ahead_can_be_saved_however_short_the_documents(tmp_path):
+    """Here 4000 batches of one document lie between the position and the reader."""
+    file = _write_jsonl(tmp_path / "short.jsonl", [f"{i:03}" for i in range(1000)])
+
+    def packed():
+        blocks = pack_blocks(open_text([file]), _Characters(), 40, repeat=True)
+        blocks.DOCUMENTS_PER_BATCH, blocks.max_read_ahead = 1, 400
+        return blocks
+
+    blocks = packed()
+    read = [block for block, _ in zip(blocks, range(450), strict=False)]
+    assert len(blocks._history) <= 402
+    resumed = packed()
+    resumed.load_state_dict(json.loads(json.dumps(blocks.state_dict(50))))
+    assert next(iter(resumed)) == read[50]
+    with pytest.raises(ValueError, match="position after 40 blocks is not known"):
+        blocks.state_dict(40)
+
+
 def test_a_position_not_reached_cannot_be_saved(two_files):
     blocks = pack_blocks(open_text(two_files), _Characters(), 4)
 
