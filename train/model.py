@@ -1,8 +1,11 @@
 """Loading what is trained."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_upcycled_moe  # noqa: F401 (registers the classes, so that no remote code is run)
@@ -11,6 +14,8 @@ from ..common.settings import SettingsError
 from .arguments import ModelArguments
 
 
+# What the checkpoint to start from says of its origin and terms.
+CARRIED_FILES = ("upcycling.json", "LICENSE*", "NOTICE*")
 CONFIG_FIELDS = ("router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise")
 
 
@@ -30,11 +35,12 @@ def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
     )
 
 
-def load_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedModel:
     """Return the checkpoint's model, with the configuration that `model_args` asks for.
 
     Raises:
-        SettingsError: if it cannot be loaded, has no such configuration, or fewer tokens than `tokenizer`.
+        SettingsError: if it cannot be loaded, has no such configuration, fewer tokens than `tokenizer`, or
+            fewer positions than `block_size`.
     """
     name = model_args.model_name_or_path
     source = {"revision": model_args.model_revision, "trust_remote_code": False}
@@ -51,6 +57,15 @@ def load_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -
         raise SettingsError(
             f"The tokenizer has {len(tokenizer)} tokens, but {name} has vocab_size={config.vocab_size}; "
             "give the model's own as tokenizer_name."
+        )
+    # Scaled rotary embeddings reach further than what the model was trained on.
+    num_positions = config.max_position_embeddings * (
+        (getattr(config, "rope_parameters", None) or {}).get("factor") or 1
+    )
+    if block_size > num_positions:
+        raise SettingsError(
+            f"block_size={block_size} exceeds max_position_embeddings={config.max_position_embeddings} of {name}; "
+            "lower it."
         )
     implementations = {
         field: getattr(model_args, field)
@@ -74,3 +89,26 @@ def _load(setting: str, name: str, load: Callable[..., Any], **options: Any) -> 
     # What Transformers raises for a missing or impossible checkpoint, configuration or implementation.
     except (OSError, ValueError, ImportError) as error:
         raise SettingsError(f"{setting}={name}: {' '.join(str(error).split())}") from error
+
+
+def risks_of(config: Any) -> list[str]:
+    """Return what in a model's configuration will keep it from learning as one would expect."""
+    if getattr(config, "num_experts_per_tok", None) == 1 and getattr(config, "norm_topk_prob", False):
+        return [
+            "num_experts_per_tok=1 with norm_topk_prob=true: the single weight is always 1, so that the language-"
+            "modeling loss gives the router no gradient; use num_experts_per_tok>=2 or norm_topk_prob=false."
+        ]
+    return []
+
+
+def carry_files(model_args: ModelArguments, output_dir: str) -> None:
+    """Copy origin and licence of the checkpoint to start from into `output_dir`."""
+    source = Path(model_args.model_name_or_path)
+    if not source.is_dir():
+        source = Path(
+            snapshot_download(str(source), revision=model_args.model_revision, allow_patterns=list(CARRIED_FILES))
+        )
+    for pattern in CARRIED_FILES:
+        for file in source.glob(pattern):
+            if file.is_file() and file.parent.resolve() != Path(output_dir).resolve():
+                shutil.copyfile(file, Path(output_dir, file.name))

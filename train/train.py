@@ -66,7 +66,7 @@ def train(arguments: Arguments) -> None:
     from upcycled_moe.train.callbacks import shorten_console_log
     from upcycled_moe.train.checkpoints import checkpoint_to_resume
     from upcycled_moe.train.data import ResumableBlocks, SavePositionCallback, evaluation_sets, resume_position
-    from upcycled_moe.train.model import load_model, load_tokenizer
+    from upcycled_moe.train.model import carry_files, load_model, load_tokenizer, risks_of
     from upcycled_moe.train.trainer import UpcyclingTrainer
 
     model_args, data_args, training_args, *_ = arguments
@@ -83,7 +83,7 @@ def train(arguments: Arguments) -> None:
     eval_sets = evaluation_sets(data_args, training_args, tokenizer) if data_args.eval_data else None
 
     trainer = UpcyclingTrainer(
-        model=load_model(model_args, tokenizer),
+        model=load_model(model_args, tokenizer, data_args.block_size),
         args=training_args,
         train_dataset=blocks,
         eval_dataset=eval_sets,
@@ -93,12 +93,15 @@ def train(arguments: Arguments) -> None:
     shorten_console_log(trainer)
     if training_args.should_save:
         _announce(arguments, checkpoint)
+        for risk in risks_of(trainer.model.config):
+            print(f"train.py: warning: {risk}", file=sys.stderr)
 
     result = trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() if eval_sets else {}
     trainer.save_model()
     trainer.save_state()
     if training_args.should_save:
+        carry_files(model_args, training_args.output_dir)
         perplexity = f", eval perplexity {metrics['eval_perplexity']:.3f}" if metrics else ""
         print(f"{training_args.output_dir}: {result.global_step} steps, loss {result.training_loss:.4f}{perplexity}")
     trainer.accelerator.end_training()

@@ -2,15 +2,17 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import SchedulerType, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from modeling_upcycled_moe.losses_upcycled_moe import token_weights
+from modeling_upcycled_moe.losses_upcycled_moe import load_balancing_losses, router_z_losses, token_weights
 
-from ..common.routing import RouterStatistics
+from ..common.routing import RouterStatistics, sum_dtype
 from .data import IGNORED_LABEL, collate_blocks
 from .metrics import mean_over_layers, router_log
 from .schedule import step_decay_schedule
@@ -22,10 +24,10 @@ class UpcyclingTrainer(Trainer):
     It logs, at each of `logging_steps`, means over the tokens of all steps since the last log:
 
     * `lm_loss`: `loss` without the router losses.
-    * `router/aux_loss`, `router/z_loss`: router losses, not weighted, mean over layers.
-    * `router/layer_NN/...`: the figures of `common/routing.py` for each MoE layer, with the load of each expert as
-      `load/expert_NN`; `router/...`: their means over layers.
-    * `tokens_per_second`: over all processes.
+    * `router/layer_NN/...`: the two router losses of each MoE layer, not weighted, as `aux_loss` and `z_loss`, and
+      the figures of `common/routing.py`, with the load of each expert as `load/expert_NN`; `router/...`: their means
+      over layers.
+    * `tokens_per_second`: over all processes, without the time for evaluation and saving.
 
     and at each evaluation `eval_<domain>_loss` and `_perplexity` of the language-modeling loss alone, with `eval_loss`
     and `eval_perplexity` over the tokens of all domains.
@@ -35,17 +37,32 @@ class UpcyclingTrainer(Trainer):
         super().__init__(*args, data_collator=kwargs.pop("data_collator", collate_blocks), **kwargs)
         # Dense models have no MoE layers. The class is not asked for: remote code would be another one.
         self.moe_layers = list(getattr(self.model.config, "moe_layers", []))
-        self._eval_sums = torch.zeros(2)
+        # The first micro-batch starts the clock.
+        self._clock_start: float | None = None
         self._reset_train_sums()
 
     def _reset_train_sums(self) -> None:
         device = self.args.device
-        # Targets, and the sums over targets of the two router losses.
-        self._train_sums = torch.zeros(3, device=device)
+        # Tokens, targets, and the sums over targets of the two router losses of each layer.
+        self._train_sums = torch.zeros(2 + 2 * len(self.moe_layers), device=device, dtype=sum_dtype(device))
         self._router_statistics = RouterStatistics(
             len(self.moe_layers), getattr(self.model.config, "num_experts", 0) if self.moe_layers else 0, device
         )
-        self._last_log_time = time.perf_counter()
+
+    @contextmanager
+    def _not_timed(self) -> Iterator[None]:
+        """Leave what happens inside out of `tokens_per_second`."""
+        if self.args.device.type not in ("cpu", "mps"):
+            # The training step before may still be running.
+            torch.accelerator.synchronize()
+        start = time.perf_counter()
+        yield
+        if self._clock_start is not None:
+            self._clock_start += time.perf_counter() - start
+
+    def _save_checkpoint(self, *args, **kwargs):
+        with self._not_timed():
+            return super()._save_checkpoint(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         if self.lr_scheduler is not None or self.args.lr_scheduler_type != SchedulerType.CONSTANT_WITH_WARMUP:
@@ -68,6 +85,8 @@ class UpcyclingTrainer(Trainer):
                 loss = loss - outputs.router_loss
             self._add_eval_loss(loss, inputs)
         else:
+            if self._clock_start is None:
+                self._clock_start = time.perf_counter()
             if self.moe_layers:
                 inputs = {**inputs, "output_router_logits": True}
             loss, outputs = super().compute_loss(
@@ -80,13 +99,20 @@ class UpcyclingTrainer(Trainer):
     def _add_router_figures(self, outputs: Any, inputs: dict[str, torch.Tensor]) -> None:
         """Add a micro-batch to the sums, on the device: nothing waits for it."""
         num_targets = _num_targets(inputs)
-        self._train_sums[0] += num_targets
+        self._train_sums[0] += inputs["input_ids"].numel()
+        self._train_sums[1] += num_targets
         if not self.moe_layers:
             return
-        self._train_sums[1] += outputs.aux_loss * num_targets
-        self._train_sums[2] += outputs.z_loss * num_targets
-        weights = token_weights(inputs.get("attention_mask"), inputs["input_ids"].numel())
-        self._router_statistics.update(outputs.router_logits, self.model.config.num_experts_per_tok, weights)
+        logits, mask, top_k = (
+            outputs.router_logits,
+            inputs.get("attention_mask"),
+            self.model.config.num_experts_per_tok,
+        )
+        # A second time for these, but on [T, E] only: little beside the experts.
+        losses = torch.cat([load_balancing_losses(logits, top_k, mask), router_z_losses(logits, mask)])
+        self._train_sums[2:] += losses.to(self._train_sums) * num_targets
+        weights = token_weights(mask, inputs["input_ids"].numel())
+        self._router_statistics.update(logits, top_k, weights)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Of all that is logged only the log of training steps has this key.
@@ -96,26 +122,27 @@ class UpcyclingTrainer(Trainer):
 
     def _train_log(self, loss: float) -> dict[str, float]:
         """Return the figures since the last log, over all processes, and begin anew."""
-        sums = self._train_sums.to(self._router_statistics.selected.dtype)
-        reduced = self.accelerator.reduce(torch.cat([sums, self._router_statistics.flatten()]), reduction="sum")
-        num_targets, aux_loss, z_loss = reduced[:3].tolist()
-        statistics = self._router_statistics.unflatten(reduced[3:])
-        seconds = time.perf_counter() - self._last_log_time
+        sums = torch.cat([self._train_sums, self._router_statistics.flatten()])
+        reduced = self.accelerator.reduce(sums, reduction="sum")
+        num_own = len(self._train_sums)
+        num_tokens, num_targets, *losses = reduced[:num_own].tolist()
+        statistics = self._router_statistics.unflatten(reduced[num_own:])
+        now = time.perf_counter()
+        logs = {"lm_loss": loss, "tokens_per_second": num_tokens / (now - self._clock_start)}
+        self._clock_start = now
         self._reset_train_sums()
-        logs = {"lm_loss": loss, "tokens_per_second": num_targets / seconds}
         if not self.moe_layers:
             return logs
-        aux_loss, z_loss = aux_loss / max(num_targets, 1), z_loss / max(num_targets, 1)
+        losses = [loss_sum / max(num_targets, 1) for loss_sum in losses]
+        num_layers = len(self.moe_layers)
+        figures = zip(self.moe_layers, losses[:num_layers], losses[num_layers:], statistics.metrics(), strict=True)
+        layers = {layer: {"aux_loss": aux, "z_loss": z, **metrics} for layer, aux, z, metrics in figures}
+        means = mean_over_layers(layers)
         config = self.model.config
-        logs["lm_loss"] = loss - config.router_aux_loss_coef * aux_loss - config.router_z_loss_coef * z_loss
-        layers = dict(zip(self.moe_layers, statistics.metrics(), strict=True))
-        return {
-            **logs,
-            "router/aux_loss": aux_loss,
-            "router/z_loss": z_loss,
-            **mean_over_layers(layers),
-            **router_log(layers),
-        }
+        router_loss = (
+            config.router_aux_loss_coef * means["router/aux_loss"] + config.router_z_loss_coef * means["router/z_loss"]
+        )
+        return {**logs, "lm_loss": loss - router_loss, **means, **router_log(layers)}
 
     @torch.no_grad()
     def _add_eval_loss(self, loss: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
@@ -129,7 +156,7 @@ class UpcyclingTrainer(Trainer):
 
         Transformers' own mean is over batches, and counts an incomplete one like the others.
         """
-        self._eval_sums = torch.zeros(2, device=self.args.device)
+        self._eval_sums = torch.zeros(2, device=self.args.device, dtype=sum_dtype(self.args.device))
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss_sum, num_targets = self.accelerator.reduce(self._eval_sums, reduction="sum").tolist()
         loss = loss_sum / max(num_targets, 1)
@@ -138,7 +165,11 @@ class UpcyclingTrainer(Trainer):
         self._num_eval_targets = num_targets
         return output
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with self._not_timed():
+            return self._evaluate_domains(*args, **kwargs)
+
+    def _evaluate_domains(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         eval_sets = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(eval_sets, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

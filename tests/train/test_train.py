@@ -5,14 +5,19 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from training_runs import ROOT, command_line
-from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+from training_runs import ROOT, SHAPE, command_line
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM, Trainer
 
+from modeling_upcycled_moe import UpcycledQwenMoeConfig, UpcycledQwenMoeForCausalLM
+from modeling_upcycled_moe.losses_upcycled_moe import load_balancing_losses, router_z_losses
+from upcycled_moe.common.text import open_text, pack_blocks
+from upcycled_moe.train.model import risks_of
 from upcycled_moe.train.train import main
 
 
@@ -169,6 +174,67 @@ def test_a_dense_checkpoint_trains_without_router_figures(settings, dense_checkp
     assert not any(key.startswith("router/") for entry in logs for key in entry)
     assert logs[0]["lm_loss"] == logs[0]["loss"]
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), Qwen2ForCausalLM)
+
+
+def test_each_layer_logs_its_own_router_losses(settings, tokenizer, train_files, tmp_path):
+    torch.manual_seed(0)
+    model = UpcycledQwenMoeForCausalLM(UpcycledQwenMoeConfig(**SHAPE, num_experts=4))
+    model.save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    first = _train(settings, tmp_path / "start", tmp_path / "out", max_steps=1, logging_steps=1)[0]
+
+    blocks = pack_blocks(open_text(train_files), tokenizer, 64)
+    input_ids = torch.tensor([block["input_ids"] for block, _ in zip(blocks, range(2), strict=False)])
+    logits = model(input_ids=input_ids, output_router_logits=True).router_logits
+    for name, expected in (("aux_loss", load_balancing_losses(logits, 2)), ("z_loss", router_z_losses(logits))):
+        logged = [first[f"router/layer_{layer:02d}/{name}"] for layer in range(2)]
+        assert logged == pytest.approx(expected.tolist(), rel=1e-5)
+        assert first[f"router/{name}"] == pytest.approx(sum(logged) / 2)
+
+
+def test_tokens_per_second_leaves_out_evaluation_and_saving(
+    settings, moe_checkpoint, train_files, tmp_path, monkeypatch
+):
+    for name in ("evaluate", "_save_checkpoint"):
+        original = getattr(Trainer, name)
+
+        def slow(*args, original=original, **kwargs):
+            time.sleep(1)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(Trainer, name, slow)
+    settings |= {"eval_data": train_files[:1], "max_eval_blocks": 1, "eval_steps": 1, "logging_steps": 1}
+    logs = _train(settings, moe_checkpoint, tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
+    # 128 tokens a step; each second that is counted would halve this at least.
+    assert min(entry["tokens_per_second"] for entry in logs[1:] if "lm_loss" in entry) > 128
+
+
+def test_origin_and_licence_of_the_start_go_with_the_final_model(settings, moe_checkpoint, tmp_path):
+    start = tmp_path / "start"
+    shutil.copytree(moe_checkpoint, start)
+    for name in ("upcycling.json", "LICENSE", "NOTICE.txt"):
+        (start / name).write_text(name)
+    _train(settings, start, tmp_path / "out", max_steps=1)
+
+    for name in ("upcycling.json", "LICENSE", "NOTICE.txt"):
+        assert (tmp_path / "out" / name).read_text() == name
+
+
+def test_blocks_longer_than_the_positions_are_refused(settings, moe_checkpoint, tmp_path, capsys):
+    settings |= {"model_name_or_path": moe_checkpoint, "output_dir": tmp_path, "block_size": 257}
+
+    assert main(command_line(settings)) == 2
+    assert "block_size=257 exceeds max_position_embeddings=256" in capsys.readouterr().err
+
+
+def test_a_single_normalized_weight_is_warned_of():
+    config = UpcycledQwenMoeConfig(**SHAPE, num_experts=4, num_experts_per_tok=1, norm_topk_prob=True)
+    assert "gives the router no gradient" in risks_of(config)[0]
+    for fields in (
+        {"num_experts_per_tok": 2, "norm_topk_prob": True},
+        {"num_experts_per_tok": 1, "norm_topk_prob": False},
+    ):
+        assert risks_of(UpcycledQwenMoeConfig(**SHAPE, num_experts=4, **fields)) == []
 
 
 @pytest.mark.parametrize("is_evaluated", [False, True])
