@@ -76,7 +76,7 @@ def convert(
         )
     contents, reports = initial_routers(plan, progress)
     # Hashing reads what copying has just brought into memory, on another core.
-    with staged(out) as folder, _in_background(_hash_files, source.weight_files) as hashes:
+    with staged(out, overwrite) as folder, _in_background(_hash_files, source.weight_files) as hashes:
         with progress.task("Writing", plan.num_bytes, "bytes") as advance:
             write_weights(plan, contents, folder, advance)
         _copy_companions(source, folder)

@@ -58,6 +58,7 @@ class ConversionPlan:
     Args:
         router: what the routers start from.
         config: configuration of the MoE model.
+        calibration_files: the local files with calibration text.
         shards: the weight files.
     """
 
@@ -65,6 +66,7 @@ class ConversionPlan:
     recipe: ConversionRecipe
     router: RouterInitializer
     config: UpcycledQwenMoeConfig
+    calibration_files: tuple[Path, ...]
     shards: tuple[Shard, ...]
 
     @property
@@ -173,15 +175,25 @@ def build_plan(source: DenseSource, recipe: ConversionRecipe) -> ConversionPlan:
             f"calibration_block_size={recipe.calibration_block_size} exceeds the model's "
             f"max_position_embeddings={source.config.max_position_embeddings}; lower it."
         )
-    if recipe.calibration_data:
-        # Imported here: a plan without text need not wait for the readers of text.
-        from ..common.text import find_files
-
-        for name in recipe.calibration_data:
-            find_files(name, recipe.calibration_split)
     router = ROUTER_INITIALIZERS[recipe.router](source, recipe)
     config = build_config(source, recipe, router.config_fields())
-    return ConversionPlan(source, recipe, router, config, _shards(_planned_tensors(source, recipe, config), recipe))
+    return ConversionPlan(
+        source,
+        recipe,
+        router,
+        config,
+        _calibration_files(recipe),
+        _shards(_planned_tensors(source, recipe, config), recipe),
+    )
+
+
+def _calibration_files(recipe: ConversionRecipe) -> tuple[Path, ...]:
+    if not recipe.calibration_data:
+        return ()
+    # Imported here: a plan without text need not wait for the readers of text.
+    from ..common.text import find_files
+
+    return tuple(file for name in recipe.calibration_data for file in find_files(name, recipe.calibration_split))
 
 
 def build_config(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..common.settings import SettingsError
-from ..common.text import find_files
 from .experts import FileBytes
 from .numbers import format_bytes
 from .plan import ConversionPlan, PlannedTensor, Shard
@@ -50,10 +49,7 @@ def check_output(plan: ConversionPlan, out: Path, overwrite: bool) -> None:
         raise OutputError(f"{out}: is a file; give a folder that does not exist yet.")
     if target == plan.source.folder.resolve():
         raise OutputError(f"{out}: is the dense model itself; give another folder.")
-    calibration_files = [
-        file for name in plan.recipe.calibration_data for file in find_files(name, plan.recipe.calibration_split)
-    ]
-    check_kept(out, (plan.source.folder, *calibration_files, Path.cwd()))
+    check_kept(out, (plan.source.folder, *plan.calibration_files, Path.cwd()))
     _check_replaceable(out, overwrite)
     # The output comes to be beside its final place, so its parent must be writable, or whatever there is of it.
     parent = target.parent
