@@ -22,7 +22,8 @@ class UpcyclingTrainingArguments(RecipeArguments, TrainingArguments):
         if self.expected_processes is not None and self.expected_processes != self.world_size:
             raise SettingsError(
                 f"expected_processes={self.expected_processes}, but {self.world_size} started; "
-                "`accelerate launch --cpu` starts one whatever --num_processes says; leave --cpu out and set use_cpu=true."
+                "`accelerate launch --cpu` starts one whatever --num_processes says; leave --cpu out and set "
+                "use_cpu=true."
             )
         if self.save_only_model and self.resume_from_checkpoint is not None:
             raise SettingsError(

@@ -1,9 +1,7 @@
 """Several processes train as one does on the same global batch, and save the same checkpoint."""
 
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -77,28 +75,14 @@ def test_two_processes_train_as_one(settings, one_process, tmp_path):
     _assert_same_run(output_dir, one_process)
 
 
-@pytest.mark.parametrize(
-    ("config", "script", "flags", "status"),
-    [("ddp", TRAIN_SCRIPT, [], 0), ("fsdp2", FSDP_SCRIPT, [], 0), ("ddp", TRAIN_SCRIPT, ["--cpu"], 1)],
-    ids=["ddp", "fsdp2", "one process in spite of --num_processes"],
-)
-def test_accelerate_launches_by_the_shipped_files(settings, tmp_path, config, script, flags, status):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings |= {"output_dir": tmp_path / "out", "expected_processes": 2, "max_steps": 2, "eval_data": []}
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "train" / "configs" / "accelerate" / f"{config}.yaml"), *flags]
-    command += ["--num_processes", "2", "--main_process_port", str(port), str(script), *command_line(settings)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert result.returncode == status, result.stderr
-    if status:
-        assert "expected_processes=2, but 1 started" in result.stderr
-    else:
-        assert "2 processes, 256 tokens a step" in result.stderr
-        assert (tmp_path / "out" / "model.safetensors").is_file()
+def test_accelerate_launch_with_cpu_is_not_mistaken_for_two_processes(settings, tmp_path):
+    config = ROOT / "train" / "configs" / "accelerate" / "ddp.yaml"
+    settings |= {"output_dir": tmp_path / "out", "expected_processes": 2}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--cpu"]
+    command += ["--num_processes", "2", str(TRAIN_SCRIPT), *command_line(settings)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert "expected_processes=2, but 1 started" in result.stderr
 
 
 def test_sharded_processes_train_as_one_and_save_what_loads_anywhere(settings, one_process, tmp_path):
