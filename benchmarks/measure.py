@@ -12,6 +12,9 @@ from pathlib import Path
 from statistics import median
 
 
+PAUSE_S = 8
+
+
 @dataclass(frozen=True)
 class Run:
     """Wall seconds and largest resident memory of one finished process."""
@@ -26,6 +29,10 @@ def run_process(command: Sequence[str], log: Path) -> Run:
     Raises:
         RuntimeError: if it fails.
     """
+    # What earlier runs left to be written would be written in this one's time, and memory that they freed just now is
+    # cheaper to get than memory that a virtual machine has given back: all start after the same pause.
+    os.sync()
+    time.sleep(PAUSE_S)
     begin = time.perf_counter()
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)

@@ -21,6 +21,7 @@ from .source import DTYPES
 
 
 BUFFER_BYTES = 1024**2
+PAGE_BYTES = 4096
 # What the files beside the weights may need: configuration, code, tokenizer, card.
 COMPANION_BYTES = 64 * 1000**2
 
@@ -223,8 +224,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _write_shard(shard: Shard, contents: Mapping[str, Content], path: Path, progress: Progress) -> None:
-    # Sorted by element size, so that every tensor is aligned; within a size in the plan's order.
-    tensors = sorted(shard.tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
+    # Large elements first, so that every tensor is aligned to its own. Then those that fill whole pages, so that they
+    # begin at one too: the kernel takes them several times as fast. Otherwise in the plan's order.
+    tensors = sorted(
+        shard.tensors,
+        key=lambda tensor: (-DTYPES[tensor.dtype].itemsize, tensor.num_bytes % PAGE_BYTES != 0),
+    )
     header = _header(tensors)
     with path.open("wb") as file:
         file.write(header)
@@ -260,7 +265,7 @@ def _header(tensors: list[PlannedTensor]) -> bytes:
         }
         offset += tensor.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % PAGE_BYTES)
     return struct.pack("<Q", len(text)) + text
 
 
