@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
 
 from modeling_upcycled_moe import UpcycledQwenMoeConfig, UpcycledQwenMoeForCausalLM
 
@@ -27,6 +28,15 @@ TINY_SHAPE = {
     "eos_token_id": 2,
 }
 DENSE_CLASSES = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+
+
+@pytest.fixture(autouse=True)
+def _transformers_logging():
+    """Commands that run in this process quieten Transformers; the next test finds it as it was."""
+    verbosity, has_progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    yield
+    logging.set_verbosity(verbosity)
+    (logging.enable_progress_bar if has_progress_bar else logging.disable_progress_bar)()
 
 
 def randomize_(model: torch.nn.Module, seed: int) -> torch.nn.Module:

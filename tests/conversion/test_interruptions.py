@@ -131,6 +131,8 @@ def test_a_killed_replacement_keeps_the_old_output(undisturbed, linear_recipe, t
 
 def run_command(arguments, output, signal_number, number):
     """Run the command line and send it a signal when its `number`-th shard is written."""
+    # A shell's background jobs, nohup and the like have it ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from upcycled_moe.cli.main import main
 
     sys.stdout = sys.stderr = output.open("w", encoding="utf-8", buffering=1)
