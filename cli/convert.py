@@ -24,7 +24,6 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     parser.add_argument("dense", metavar="DENSE", help="dense Qwen checkpoint: folder or Hub id")
     parser.add_argument("out", metavar="OUT", help="folder to write; it appears only when all is written")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub model")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
     parser.add_argument("--verify", action="store_true", help="then compare the result with the dense model")
@@ -47,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     if options.recipe:
         check_kept(out, [Path(options.recipe)])
     quiet_libraries()
-    source = open_source(options.dense, options.revision, weights=not options.dry_run)
+    source = open_source(options.dense, recipe.revision, weights=not options.dry_run)
     if options.dry_run:
         plan = build_plan(source, recipe)
         check_output(plan, out, options.overwrite)

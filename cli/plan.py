@@ -23,7 +23,6 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     parser.add_argument("dense", metavar="DENSE", help="dense Qwen checkpoint: folder or Hub id")
     parser.add_argument("out", metavar="OUT", nargs="?", default=".", help="folder to check the free disk of")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub model")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_recipe_options(parser)
     return parser
@@ -38,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     from .console import quiet_libraries
 
     quiet_libraries()
-    source = open_source(options.dense, options.revision, weights=False)
+    source = open_source(options.dense, recipe.revision, weights=False)
     print_plan(build_plan(source, recipe), Path(options.out), options.json)
     return 0
 

@@ -41,6 +41,8 @@ def _parsing(annotation: Any) -> dict[str, Any]:
     words = [word for other in others if typing.get_origin(other) is Literal for word in typing.get_args(other)]
     if words:
         return {"type": _number_or_word, "metavar": "|".join(["NUMBER", *words])}
+    if annotation is bool:
+        return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(annotation) is Literal:
         return {"choices": typing.get_args(annotation)}
     if typing.get_origin(annotation) is list:

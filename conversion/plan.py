@@ -202,20 +202,16 @@ def build_config(
     """Return the configuration of the MoE model: the dense one's fields, and what recipe and router add."""
     names = UpcycledQwenMoeConfig.__dataclass_fields__.keys() - {"transformers_version", "architectures"}
     dense = {name: value for name, value in source.config.to_dict().items() if name in names}
+    settings = {name: value for name, value in recipe.to_dict().items() if name in names}
     try:
         return UpcycledQwenMoeConfig(
             **dense
+            | settings
             | {
                 "base_model_type": source.config.model_type,
                 "architectures": [ARCHITECTURES[source.config.architectures[0]]],
                 "head_dim": source.head_dim,
-                "num_experts": recipe.num_experts,
-                "num_experts_per_tok": recipe.num_experts_per_tok,
                 "moe_intermediate_size": source.config.intermediate_size,
-                "decoder_sparse_step": recipe.decoder_sparse_step,
-                "mlp_only_layers": recipe.mlp_only_layers,
-                "router_aux_loss_coef": recipe.router_aux_loss_coef,
-                "router_z_loss_coef": recipe.router_z_loss_coef,
                 "router_type": recipe.router,
             }
             | router_fields

@@ -15,46 +15,118 @@ from typing import Any, Literal
 from ..common.settings import SettingsError, check_keys
 
 
-# Settings that only one router type reads.
-ROUTER_SETTINGS = {"mixture": ("num_routers", "heads_per_router", "router_pooling", "key_statistic")}
-
-
-def _setting(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
+def _setting(default: Any, help_text: str, **only_with: tuple[Any, ...]) -> Any:
+    """Return a field; `only_with` names, by setting, the values of another one that give this one a meaning."""
+    metadata = {"help": help_text, "only_with": only_with}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionRecipe:
-    """Settings of one conversion. The help text of each field is what the command line prints."""
+    """Settings of one conversion. The help text of each field is what the command line prints.
 
-    num_experts: int = _setting(8, "routed experts in each MoE layer")
+    Settings named like a field of `UpcycledQwenMoeConfig` go into the model's configuration as they are.
+    """
+
+    model: str | None = _setting(None, "dense checkpoint, folder or Hub id, if the command line names none")
+    revision: str | None = _setting(None, "branch, tag or commit of a Hub model")
+    num_experts: int = _setting(8, "routed experts in each MoE layer, 2 to 256")
     num_experts_per_tok: int = _setting(2, "experts that each token is sent to")
-    experts: Literal["copy"] = _setting("copy", "how experts start: `copy` of the dense FFN")
     decoder_sparse_step: int = _setting(1, "every n-th layer becomes a MoE layer")
-    mlp_only_layers: list[int] = field(default_factory=list, metadata={"help": "layers that stay dense"})
-    router: Literal["linear", "mixture"] = _setting(
-        "mixture", "`mixture` from the attention heads, or `linear` drawn at random (vanilla upcycling)"
+    mlp_only_layers: list[int] = _setting([], "layers that stay dense")
+    moe_layers: list[int] | None = _setting(
+        None, "the layers that become MoE layers, counted from 0; others stay dense"
     )
-    num_routers: int | None = _setting(None, "routers of a mixture (default: num_experts)")
+    experts: Literal["copy", "noise", "drop", "split", "random"] = _setting(
+        "copy",
+        "how experts start: `copy` of the dense FFN; copy with `noise`; copy with a share of its neurons redrawn "
+        "(`drop`); `split` into slices of it (fine-grained); `random`",
+    )
+    expert_noise: float = _setting(
+        0.01, "noise of `noise`, in standard deviations of the matrix that it is added to", experts=("noise",)
+    )
+    drop_ratio: float = _setting(0.5, "share of neurons that `drop` redraws", experts=("drop",))
+    expert_granularity: int = _setting(
+        2, "slices that `split` cuts the FFN into; num_experts is a multiple of it", experts=("split",)
+    )
+    expert_sources: list[str] = _setting(
+        [],
+        "further dense checkpoints whose FFNs become experts beside those of the first (Branch-Train-MiX), in equal "
+        "shares: folders or Hub ids",
+    )
+    backbone: Literal["auto", "copy", "average", "random"] = _setting(
+        "auto",
+        "all that is not an expert or a router: `copy` of the model, `average` over it and expert_sources, or "
+        "`random`; `auto`: average if there are expert_sources, else copy",
+    )
+    shared_expert: Literal["none", "sigmoid", "plain", "complement"] = _setting(
+        "none",
+        "a copy of the dense FFN that sees every token, weighted by a `sigmoid` gate, by one (`plain`), or by what "
+        "the highest routing probability leaves of one (`complement`)",
+    )
+    num_zero_experts: int = _setting(0, "further routed experts that return zero")
+    num_copy_experts: int = _setting(0, "further routed experts that return their input")
+    num_constant_experts: int = _setting(
+        0, "further routed experts that return a learned vector mixed with their input"
+    )
+    router: Literal["linear", "mixture", "mlp", "grouped_average", "domain"] = _setting(
+        "mixture",
+        "`mixture` from the attention heads; `linear` drawn at random (vanilla upcycling); `mlp` of two layers, drawn "
+        "at random; `grouped_average` of the token, without parameters; `domain`: linear, from what is special in the "
+        "calibration text of each expert's domain",
+    )
+    num_routers: int | None = _setting(None, "routers of a mixture (default: num_experts)", router=("mixture",))
     heads_per_router: int | None = _setting(
-        None, "attention heads joined into a router (default: as many as there are)"
+        None, "attention heads joined into a router (default: as many as there are)", router=("mixture",)
     )
-    router_pooling: Literal["sum", "max"] = _setting("sum", "how the routers of a mixture are pooled")
+    head_grouping: Literal["greedy", "random"] = _setting(
+        "greedy", "which heads are joined: `greedy`, the most alike, or `random` ones", router=("mixture",)
+    )
+    router_pooling: Literal["sum", "max"] = _setting(
+        "sum", "how the routers of a mixture are pooled", router=("mixture",)
+    )
     key_statistic: Literal["auto", "mean", "attended"] = _setting(
         "auto",
         "what an expert's key is made of: `mean` keys (the paper), `attended` keys, which differ between heads that "
         "share a key-value head, or `auto`: mean for multi-head, attended for grouped-query attention",
+        router=("mixture",),
     )
     router_logit_std: float | Literal["auto", "none"] = _setting(
         "auto",
-        "scale the logits to this standard deviation over a token's experts; `auto`: 1.0 for a mixture, whose raw "
-        "logits make the softmax nearly one-hot, and none for a linear router; `none`: leave them (the paper)",
+        "scale the logits to this standard deviation over a token's experts; `auto`: 1.0 for routers that start from "
+        "text (`mixture`, `domain`), whose raw logits are of any size, and none for others; `none`: leave them (the "
+        "paper)",
     )
+    norm_topk_prob: bool = _setting(True, "scale the weights of a token's experts to sum to one")
+    router_score_function: Literal["softmax", "sigmoid"] = _setting("softmax", "from router logits to scores")
+    router_selection: Literal["top_k", "grouped_top_k", "prototype_top_k", "top_p", "expert_choice"] = _setting(
+        "top_k",
+        "how the experts of a token are selected: the `top_k` best; as many from each group (`grouped_top_k`), or "
+        "with each group a router of its own (`prototype_top_k`); the best until their probabilities sum to "
+        "router_top_p (`top_p`); `expert_choice`, in training only",
+    )
+    num_expert_groups: int | None = _setting(
+        None, "groups of experts", router_selection=("grouped_top_k", "prototype_top_k")
+    )
+    router_top_p: float | None = _setting(
+        None, "sum of probabilities at which top_p stops", router_selection=("top_p",)
+    )
+    use_router_bias: bool = _setting(False, "balance by a bias on the selection, without a loss")
+    router_bias_update_rate: float = _setting(
+        0.001, "how far a training step moves that bias", use_router_bias=(True,)
+    )
+    router_jitter_noise: float = _setting(0.0, "in training, multiply a router's input by 1 ± this")
     router_aux_loss_coef: float = _setting(0.001, "weight of the load-balancing loss in training")
     router_z_loss_coef: float = _setting(0.0, "weight of the router z-loss in training")
-    calibration_data: list[str] = field(
-        default_factory=list,
-        metadata={"help": "text to calibrate on: parquet, jsonl or txt files, folders, or a Hub dataset id"},
+    router_entropy_loss_coef: float = _setting(0.0, "weight of the routing entropy in training")
+    router_locality_loss_coef: float = _setting(0.0, "weight of the locality loss in training")
+    expert_nodes: list[int] | None = _setting(None, "node of each expert, for the locality loss")
+    calibration_data: list[str] = _setting(
+        [],
+        "text to calibrate on: parquet, jsonl or txt files, folders, or a Hub dataset id; for `domain`, one for each "
+        "domain",
     )
     calibration_split: str = _setting("train", "split of a Hub dataset")
     calibration_text_column: str = _setting("text", "column that holds the text")
@@ -65,16 +137,54 @@ class ConversionRecipe:
     seed: int = _setting(0, "seed of everything drawn at random")
 
     def __post_init__(self):
-        for recipe_field in dataclasses.fields(self):
-            _check_type(recipe_field.name, getattr(self, recipe_field.name), recipe_field.type)
-        for name in ("num_experts", "calibration_tokens", "calibration_block_size", "calibration_batch_size"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name}={getattr(self, name)} must be at least 1.")
-        for router, names in ROUTER_SETTINGS.items():
-            for setting in dataclasses.fields(self):
-                given = setting.name in names and getattr(self, setting.name) != _default(setting)
-                if given and router != self.router:
-                    raise SettingsError(f"{setting.name} has no meaning with router={self.router!r}; leave it out.")
+        settings = dataclasses.fields(self)
+        for setting in settings:
+            _check_type(setting.name, getattr(self, setting.name), setting.type)
+        for setting in settings:
+            for other, values in setting.metadata["only_with"].items():
+                if self._is_given(setting) and getattr(self, other) not in values:
+                    raise SettingsError(
+                        f"{setting.name} has no meaning with {other}={getattr(self, other)!r}; leave it out."
+                    )
+        self._check_experts()
+        self._check_routers()
+        self._check_calibration()
+        self.max_shard_bytes  # noqa: B018 - refuses a size that cannot be read
+
+    def _is_given(self, setting: dataclasses.Field) -> bool:
+        return getattr(self, setting.name) != _default(setting)
+
+    def _check_experts(self) -> None:
+        if not 2 <= self.num_experts <= 256:
+            raise SettingsError(f"num_experts={self.num_experts} is outside 2 to 256.")
+        if self.moe_layers is not None and (self.mlp_only_layers or self.decoder_sparse_step != 1):
+            raise SettingsError("moe_layers says it all; leave mlp_only_layers and decoder_sparse_step out.")
+        if not 0 < self.expert_noise < math.inf:
+            raise SettingsError(f"expert_noise={self.expert_noise} must be above zero and finite.")
+        if not 0 < self.drop_ratio <= 1:
+            raise SettingsError(f"drop_ratio={self.drop_ratio} is outside (0, 1].")
+        if self.expert_granularity < 2:
+            raise SettingsError(f"expert_granularity={self.expert_granularity} must be at least 2.")
+        if self.experts == "split" and self.num_experts % self.expert_granularity:
+            raise SettingsError(
+                f"num_experts={self.num_experts} is not a multiple of expert_granularity={self.expert_granularity}: "
+                "experts come in sets of slices that make up a whole FFN."
+            )
+        if self.num_experts % self.num_sources:
+            raise SettingsError(
+                f"num_experts={self.num_experts} is not a multiple of the {self.num_sources} dense checkpoints, the "
+                "model and its expert_sources."
+            )
+        if self.expert_sources and self.experts in ("split", "random"):
+            raise SettingsError(f"expert_sources have no meaning with experts={self.experts!r}; leave them out.")
+        if self.backbone == "average" and not self.expert_sources:
+            raise SettingsError("backbone='average' has no meaning without expert_sources; give both or none.")
+        if self.backbone == "random" and self.calibration_data:
+            raise SettingsError(
+                "calibration_data has no meaning with backbone='random': the model that it runs through is not kept."
+            )
+
+    def _check_routers(self) -> None:
         for name in ("num_routers", "heads_per_router"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise SettingsError(f"{name}={getattr(self, name)} must be at least 1.")
@@ -83,6 +193,15 @@ class ConversionRecipe:
             raise SettingsError(f"router_logit_std={self.router_logit_std} must be above zero and finite.")
         if isinstance(self.router_logit_std, int | float) and not self.calibration_data:
             raise SettingsError("router_logit_std is measured on text; give calibration_data.")
+        if isinstance(self.router_logit_std, int | float) and self.router == "grouped_average":
+            raise SettingsError(
+                "router_logit_std has no meaning with router='grouped_average', which has no parameters."
+            )
+
+    def _check_calibration(self) -> None:
+        for name in ("calibration_tokens", "calibration_block_size", "calibration_batch_size"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.calibration_tokens < self.calibration_block_size:
             raise SettingsError(
                 f"calibration_tokens={self.calibration_tokens} is less than one sequence of "
@@ -90,15 +209,19 @@ class ConversionRecipe:
             )
         if not self.calibration_data:
             for setting in dataclasses.fields(self):
-                if setting.name.startswith("calibration_") and getattr(self, setting.name) != _default(setting):
+                if setting.name.startswith("calibration_") and self._is_given(setting):
                     raise SettingsError(f"{setting.name} has no meaning without calibration_data; give both or none.")
-        self.max_shard_bytes  # noqa: B018 - refuses a size that cannot be read
+
+    @property
+    def num_sources(self) -> int:
+        """Dense checkpoints whose FFNs become experts."""
+        return 1 + len(self.expert_sources)
 
     @property
     def target_logit_std(self) -> float | None:
         """Standard deviation that a token's logits are scaled to; None leaves them as they are."""
         if self.router_logit_std == "auto":
-            return 1.0 if self.router == "mixture" else None
+            return 1.0 if self.router in ("mixture", "domain") else None
         return None if self.router_logit_std == "none" else float(self.router_logit_std)
 
     @property

@@ -3,7 +3,6 @@
 Dimensions: T tokens, H hidden size, E experts, R routers, J keys, D router head size.
 """
 
-import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..common.settings import SettingsError
 from .experts import FileBytes
 from .heads import expert_keys, head_split, query_rows
+from .randomness import tensor_generator
 from .recipe import ConversionRecipe
 from .source import DenseSource
 
@@ -116,12 +116,6 @@ class AttentionHeads(RouterInitializer):
 
 
 ROUTER_INITIALIZERS = {"linear": RandomLinear, "mixture": AttentionHeads}
-
-
-def tensor_generator(seed: int, name: str) -> torch.Generator:
-    """Return the generator of the tensor `name`, which depends on nothing else: not on order, shards or threads."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def router_contents(layer_idx: int, tensors: Mapping[str, FileBytes | Tensor]) -> dict[str, FileBytes | Tensor]:

@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from ..common.settings import SettingsError
 from .calibration import best_device
 from .memory import is_out_of_memory
-from .routers import tensor_generator
+from .randomness import tensor_generator
 
 
 # Largest difference of logits of order one that float32 rounding explains: seen 2e-7 to 2e-6 on models of 3 layers, 64

@@ -27,6 +27,9 @@ ROUTER_FIELDS = {
     "mixture": {"num_routers": None, "num_router_keys": None, "router_head_dim": None, "router_pooling": "sum"},
 }
 
+# Ways of selection that choose the same number of experts from each of `num_expert_groups` groups.
+GROUPED_SELECTIONS = ("grouped_top_k", "prototype_top_k")
+
 # Tensor-parallel styles of the shared expert are those of the dense MLP.
 _SHARED_EXPERT_TP_PLAN = {
     f"layers.*.mlp.shared_expert.{name}": Qwen3MoeConfig.base_model_tp_plan[f"layers.*.mlp.{name}"]
@@ -51,22 +54,50 @@ class UpcycledQwenMoeConfig(Qwen3Config):
         num_experts (`int`, defaults to 8): Routed experts in each MoE layer.
         num_experts_per_tok (`int`, defaults to 2): Experts that each token is sent to.
         moe_intermediate_size (`int`, *optional*): Width of a routed expert. Defaults to `intermediate_size`.
-        shared_expert_intermediate_size (`int`, defaults to 0):
-            Width of the expert that sees every token, gated by a sigmoid as in Qwen2-MoE; 0 for none.
+        shared_expert_intermediate_size (`int`, defaults to 0): Width of the expert that sees every token; 0 for none.
+        shared_expert_gating (`"sigmoid"`, `"plain"` or `"complement"`, defaults to `"sigmoid"`):
+            Weight of the shared expert: a learned sigmoid of the token (Qwen2-MoE), one (DeepSeekMoE), or what the
+            highest routing probability leaves of one; the routed experts then share that probability (XFT).
+        num_zero_experts (`int`, defaults to 0): Routed experts whose output is zero: a token can skip the layer.
+        num_copy_experts (`int`, defaults to 0): Routed experts whose output is their input.
+        num_constant_experts (`int`, defaults to 0):
+            Routed experts whose output is `a_1 x + a_2 v`, with a learned vector `v` and `a = softmax(W x)`. These
+            three kinds cost next to nothing and come after the `num_experts` others in a router's order (MoE++).
         decoder_sparse_step (`int`, defaults to 1): Every `decoder_sparse_step`-th layer is a MoE layer.
         mlp_only_layers (`list[int]`, *optional*): Layers that keep a dense MLP.
         norm_topk_prob (`bool`, defaults to `True`):
             Scale the weights of the selected experts to sum to one. With identical experts the model then equals its
             dense parent; stock Qwen MoE configurations default to `False`.
-        router_type (`"linear"` or `"mixture"`, defaults to `"mixture"`): How a token is scored against the experts.
+        router_type (`"linear"`, `"mixture"`, `"mlp"` or `"grouped_average"`, defaults to `"mixture"`):
+            How a token is scored against the experts.
         num_routers (`int`, *optional*): Routers in a mixture. Defaults to `num_experts`.
         num_router_keys (`int`, *optional*):
-            Keys of a mixture, a multiple of `num_experts`; an expert's score is that of the best of its keys.
-            Defaults to `max(num_routers, num_experts)`.
+            Keys of a mixture, a multiple of the experts, those without computation included; an expert's score is
+            that of the best of its keys. Defaults to the larger of `num_routers` and the experts.
         router_head_dim (`int`, *optional*):
             Width of a router's query and of a key. Defaults to as many attention heads as each router can have:
             `ceil(num_attention_heads * head_dim / num_routers)`.
         router_pooling (`"sum"` or `"max"`, defaults to `"sum"`): How the routers of a mixture are pooled.
+        router_score_function (`"softmax"` or `"sigmoid"`, defaults to `"softmax"`):
+            From router logits to the scores that experts are selected and weighted by.
+        router_selection (`str`, defaults to `"top_k"`):
+            How the experts of a token follow from its scores.
+
+            - `"top_k"`: the `num_experts_per_tok` best.
+            - `"grouped_top_k"`: as many from each of `num_expert_groups` groups of neighbours; weights as for
+              `top_k` (Mixture of Grouped Experts).
+            - `"prototype_top_k"`: the same, but every group is a router of its own, with scores and weights that sum
+              to `1 / num_expert_groups` (expert prototyping).
+            - `"top_p"`: the best until their scores sum to `router_top_p`, at most `num_experts_per_tok`.
+            - `"expert_choice"`: in training each expert takes its `T * num_experts_per_tok / num_experts` best tokens
+              of the `T` in the batch, so that a token's experts depend on tokens after it: not causal. In evaluation
+              mode, generation included, it is `top_k`.
+        num_expert_groups (`int`, *optional*): Groups of the two grouped selections.
+        router_top_p (`float`, *optional*): Sum of scores at which `top_p` stops.
+        use_router_bias (`bool`, defaults to `False`):
+            Add a bias to the scores by which experts are selected, though not to their weights. It is no parameter:
+            after each training step `update_router_biases` moves it towards balanced loads.
+        router_bias_update_rate (`float`, defaults to 0.001): How far a step moves the biases.
         router_jitter_noise (`float`, defaults to 0.0):
             In training, the router's input is multiplied by U(1 - noise, 1 + noise).
         output_router_logits (`bool`, defaults to `False`):
@@ -74,6 +105,11 @@ class UpcycledQwenMoeConfig(Qwen3Config):
             are added whenever their coefficient is above zero.
         router_aux_loss_coef (`float`, defaults to 0.001): Weight of the load-balancing loss.
         router_z_loss_coef (`float`, defaults to 0.0): Weight of the router z-loss.
+        router_entropy_loss_coef (`float`, defaults to 0.0):
+            Weight of the entropy of a token's routing probabilities, which keeps `top_p` from selecting more and more.
+        router_locality_loss_coef (`float`, defaults to 0.0): Weight of the locality loss; needs `expert_nodes`.
+        expert_nodes (`list[int]`, *optional*):
+            Node that each expert is on. The locality loss draws tokens to the experts of the node that they are on.
 
     Raises:
         StrictDataclassError: if a field has the wrong type or a combination of fields is impossible.
@@ -100,15 +136,28 @@ class UpcycledQwenMoeConfig(Qwen3Config):
     decoder_sparse_step: int = 1
     mlp_only_layers: list[int] | None = None
     norm_topk_prob: bool = True
-    router_type: Literal["linear", "mixture"] = "mixture"
+    shared_expert_gating: Literal["sigmoid", "plain", "complement"] = "sigmoid"
+    num_zero_experts: int = 0
+    num_copy_experts: int = 0
+    num_constant_experts: int = 0
+    router_type: Literal["linear", "mixture", "mlp", "grouped_average"] = "mixture"
     num_routers: int | None = None
     num_router_keys: int | None = None
     router_head_dim: int | None = None
     router_pooling: Literal["sum", "max"] = "sum"
+    router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    router_selection: Literal["top_k", "grouped_top_k", "prototype_top_k", "top_p", "expert_choice"] = "top_k"
+    num_expert_groups: int | None = None
+    router_top_p: float | int | None = None
+    use_router_bias: bool = False
+    router_bias_update_rate: float | int = 0.001
     router_jitter_noise: float | int = 0.0
     output_router_logits: bool = False
     router_aux_loss_coef: float | int = 0.001
     router_z_loss_coef: float | int = 0.0
+    router_entropy_loss_coef: float | int = 0.0
+    router_locality_loss_coef: float | int = 0.0
+    expert_nodes: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         # Not among the fields of every Transformers model, which old checkpoints have more of (`tie_encoder_decoder`).
@@ -129,7 +178,7 @@ class UpcycledQwenMoeConfig(Qwen3Config):
             if self.num_routers is None:
                 self.num_routers = self.num_experts
             if self.num_router_keys is None:
-                self.num_router_keys = max(self.num_routers, self.num_experts)
+                self.num_router_keys = max(self.num_routers, self.num_routed_experts)
             if self.router_head_dim is None:
                 self.router_head_dim = -(-self.num_attention_heads * self.head_dim // max(self.num_routers, 1))
         # Transformers warns of rules that no parameter matches.
@@ -159,6 +208,11 @@ class UpcycledQwenMoeConfig(Qwen3Config):
         for name, value in ROUTER_FIELDS.get(self.router_type, {}).items():
             setattr(self, name, value)
         self.router_type = "linear"
+
+    @property
+    def num_routed_experts(self) -> int:
+        """Experts that a router chooses from: `num_experts`, and those without computation."""
+        return self.num_experts + self.num_zero_experts + self.num_copy_experts + self.num_constant_experts
 
     @property
     def moe_layers(self) -> list[int]:
@@ -206,9 +260,12 @@ class UpcycledQwenMoeConfig(Qwen3Config):
             raise ValueError(f"num_experts={self.num_experts} must be at least 1.")
         if self.num_experts_per_tok < 1:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} must be at least 1.")
-        if self.num_experts_per_tok > self.num_experts:
+        for name in ("num_zero_experts", "num_copy_experts", "num_constant_experts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative; 0 means none.")
+        if self.num_experts_per_tok > self.num_routed_experts:
             raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} exceeds num_experts={self.num_experts}; "
+                f"num_experts_per_tok={self.num_experts_per_tok} exceeds num_experts={self.num_routed_experts}; "
                 "lower it or add experts."
             )
         for name in ("intermediate_size", "moe_intermediate_size"):
@@ -218,6 +275,18 @@ class UpcycledQwenMoeConfig(Qwen3Config):
             raise ValueError(
                 f"shared_expert_intermediate_size={self.shared_expert_intermediate_size} is negative; "
                 "0 means no shared expert."
+            )
+        if self.shared_expert_gating != "sigmoid" and self.shared_expert_intermediate_size == 0:
+            raise ValueError(
+                f"shared_expert_gating={self.shared_expert_gating!r} has no meaning without a shared expert; leave it "
+                "out or set shared_expert_intermediate_size."
+            )
+        if self.shared_expert_gating == "complement" and not (
+            self.norm_topk_prob and self.router_score_function == "softmax" and self.router_selection == "top_k"
+        ):
+            raise ValueError(
+                "shared_expert_gating='complement' settles all weights itself; it needs norm_topk_prob=True, "
+                "router_score_function='softmax' and router_selection='top_k'."
             )
         if self.decoder_sparse_step < 1:
             raise ValueError(
@@ -248,16 +317,83 @@ class UpcycledQwenMoeConfig(Qwen3Config):
             for name in ("num_routers", "num_router_keys", "router_head_dim"):
                 if getattr(self, name) < 1:
                     raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-            if self.num_router_keys % self.num_experts:
+            if self.num_router_keys % self.num_routed_experts:
                 raise ValueError(
-                    f"num_router_keys={self.num_router_keys} is not a multiple of num_experts={self.num_experts}: "
-                    "every expert owns the same number of keys."
+                    f"num_router_keys={self.num_router_keys} is not a multiple of "
+                    f"num_experts={self.num_routed_experts}: every expert owns the same number of keys."
                 )
+        if self.router_type == "grouped_average" and self.hidden_size % self.num_routed_experts:
+            raise ValueError(
+                f"router_type='grouped_average' averages equal parts of the token, one for each expert, but "
+                f"num_experts={self.num_routed_experts} does not divide hidden_size={self.hidden_size}."
+            )
         if not 0 <= self.router_jitter_noise < 1:
             raise ValueError(f"router_jitter_noise={self.router_jitter_noise} is outside [0, 1).")
-        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+        if not 0 <= self.router_bias_update_rate < math.inf:
+            raise ValueError(f"router_bias_update_rate={self.router_bias_update_rate} is outside [0, inf).")
+
+    def validate_selection(self):
+        """Part of `@strict` validation."""
+        if self.router_selection in GROUPED_SELECTIONS:
+            self._validate_groups()
+        elif self.num_expert_groups is not None:
+            raise ValueError(
+                f"router_selection={self.router_selection!r} does not use num_expert_groups; leave it out or set "
+                f"router_selection to {' or '.join(map(repr, GROUPED_SELECTIONS))}."
+            )
+        if self.router_selection == "top_p":
+            if self.router_top_p is None or not 0 < self.router_top_p <= 1:
+                raise ValueError(f"router_selection='top_p' needs router_top_p in (0, 1], not {self.router_top_p}.")
+            if self.router_score_function != "softmax":
+                raise ValueError(
+                    "router_selection='top_p' adds up probabilities; use router_score_function='softmax'."
+                )
+        elif self.router_top_p is not None:
+            raise ValueError(
+                f"router_selection={self.router_selection!r} does not use router_top_p; leave it out or set "
+                "router_selection='top_p'."
+            )
+        if self.use_router_bias and self.router_selection in ("top_p", "expert_choice"):
+            raise ValueError(
+                f"use_router_bias=True has no meaning with router_selection={self.router_selection!r}, which "
+                "does not compare biased scores; leave it out."
+            )
+        has_free_experts = self.num_routed_experts > self.num_experts
+        if has_free_experts and self.router_selection in (*GROUPED_SELECTIONS, "expert_choice"):
+            raise ValueError(
+                f"num_zero_experts, num_copy_experts and num_constant_experts do not go with "
+                f"router_selection={self.router_selection!r}; use 'top_k' or 'top_p'."
+            )
+
+    def _validate_groups(self):
+        groups = self.num_expert_groups
+        if groups is None or groups < 1:
+            raise ValueError(f"router_selection={self.router_selection!r} needs num_expert_groups, at least 1.")
+        for name in ("num_experts", "num_experts_per_tok"):
+            if getattr(self, name) % groups:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not a multiple of num_expert_groups={groups}: a token goes to "
+                    "the same number of experts in every group."
+                )
+
+    def validate_losses(self):
+        """Part of `@strict` validation."""
+        for name in (
+            "router_aux_loss_coef",
+            "router_z_loss_coef",
+            "router_entropy_loss_coef",
+            "router_locality_loss_coef",
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} is outside [0, inf); 0 turns the loss off.")
+        if self.expert_nodes is None:
+            if self.router_locality_loss_coef > 0:
+                raise ValueError("router_locality_loss_coef needs expert_nodes, the node of each expert.")
+        elif len(self.expert_nodes) != self.num_routed_experts or min(self.expert_nodes) < 0:
+            raise ValueError(
+                f"expert_nodes={self.expert_nodes} must name a node, from 0, for each of the "
+                f"{self.num_routed_experts} experts."
+            )
 
 
-__all__ = ["AUTO_MAP", "UpcycledQwenMoeConfig"]
+__all__ = ["AUTO_MAP", "GROUPED_SELECTIONS", "UpcycledQwenMoeConfig"]
