@@ -1,15 +1,16 @@
 """What a router does with its tokens, in figures.
 
-Dimensions: L MoE layers, T tokens, E experts, K experts per token.
+Dimensions: L MoE layers, T tokens, E experts to choose from, K slots of a token.
 
-With the routing probabilities `p_te = softmax(router_logits_t)_e` and the load `f_e`, the share of all selections that
-went to expert e (`Σ_e f_e = 1`):
+With the routing probabilities `p_te`, the scores of token t scaled to sum to one, and the load `f_e`, the share of all
+selections that went to expert e (`Σ_e f_e = 1`):
 
 * `load`: `f` [E]; balanced routing gives `1 / E` everywhere.
 * `entropy`: mean over tokens of `-Σ_e p_te ln p_te`, in nats: 0 if every token is sure, `ln E` if none prefers any.
 * `load_entropy`: `-Σ_e f_e ln f_e`, in nats: `ln E` when balanced.
 * `max_violation`: `max_e f_e / mean_e f_e - 1 = E max_e f_e - 1`: 0 when balanced.
 * `dead_experts`: number of experts that no token selected.
+* `experts_per_token`: mean number of experts that a token got; K unless the selection leaves slots empty.
 * `logit_std`: `sqrt(mean over tokens of the variance of the logits over experts)`. A shift of all logits of a token
   changes no routing, so only the spread within a token counts.
 """
@@ -17,7 +18,8 @@ went to expert e (`Σ_e f_e = 1`):
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
+
+from modeling_upcycled_moe import UpcycledQwenMoeConfig, routing_probabilities
 
 
 # Tokens that are counted at a time, so that the memory for it does not grow with the batch.
@@ -45,32 +47,44 @@ class RouterStatistics:
 
     @torch.no_grad()
     def update(
-        self, router_logits: Sequence[torch.Tensor], num_experts_per_tok: int, weights: torch.Tensor | None = None
+        self,
+        router_logits: Sequence[torch.Tensor],
+        selected_experts: Sequence[torch.Tensor],
+        config: UpcycledQwenMoeConfig,
+        weights: torch.Tensor | None = None,
     ) -> None:
         """Add the tokens of one batch.
 
         Args:
             router_logits: One [T, E] tensor a layer.
-            num_experts_per_tok: Experts that each token is sent to, those of the highest probabilities.
+            selected_experts: One [T, K] tensor a layer; E in an empty slot.
+            config: Says how probabilities follow from logits.
             weights: 1 for tokens that count and 0 for padding [T]; all count by default.
         """
-        for layer, logits in enumerate(router_logits):
+        for layer, (logits, selected) in enumerate(zip(router_logits, selected_experts, strict=True)):
             for begin in range(0, logits.shape[0], CHUNK_TOKENS):
                 chunk = slice(begin, begin + CHUNK_TOKENS)
-                self._add(layer, logits[chunk], num_experts_per_tok, None if weights is None else weights[chunk])
+                probabilities = routing_probabilities(logits[chunk], config)
+                counted = None if weights is None else weights[chunk]
+                self._add(layer, logits[chunk], probabilities, selected[chunk], counted)
 
-    def _add(self, layer: int, logits: torch.Tensor, num_experts_per_tok: int, weights: torch.Tensor | None) -> None:
+    def _add(
+        self,
+        layer: int,
+        logits: torch.Tensor,
+        probabilities: torch.Tensor,
+        chosen: torch.Tensor,
+        weights: torch.Tensor | None,
+    ) -> None:
         """Add the tokens of `logits` [T, E] to those of a layer."""
         device, dtype = self.selected.device, self.selected.dtype
         if weights is None:
             counted = torch.ones(logits.shape[0], dtype=dtype, device=logits.device)
         else:
             counted = weights.to(logits.device, dtype)
-        log_probabilities = F.log_softmax(logits.float(), dim=-1)
-        probabilities = log_probabilities.exp()
-        chosen = torch.topk(F.softmax(logits.float(), dim=-1), num_experts_per_tok, dim=-1).indices  # [T, K]
-        selected = torch.zeros_like(logits, dtype=dtype).scatter_(-1, chosen, 1.0)  # [T, E]
-        entropy = -(probabilities * log_probabilities).sum(dim=-1)  # [T]
+        slots = logits.new_zeros(logits.shape[0], logits.shape[1] + 1, dtype=dtype)
+        selected = slots.scatter_(-1, chosen, 1.0)[:, :-1]  # [T, E]
+        entropy = torch.special.entr(probabilities).sum(dim=-1)  # [T]
         variance = logits.float().var(dim=-1, correction=0)  # [T]
         self.selected[layer] += (counted @ selected).to(device)
         self.entropy[layer] += (counted @ entropy.to(dtype)).to(device)
@@ -107,14 +121,18 @@ def _metrics_of(
         "load_entropy": torch.special.entr(load).sum().item(),
         "max_violation": len(load) * load.max().item() - 1,
         "dead_experts": int((selected == 0).sum()),
+        "experts_per_token": selected.sum().item() / num_tokens,
         "logit_std": (variance / num_tokens) ** 0.5,
     }
 
 
 def router_metrics(
-    router_logits: torch.Tensor, num_experts_per_tok: int, weights: torch.Tensor | None = None
+    router_logits: torch.Tensor,
+    selected_experts: torch.Tensor,
+    config: UpcycledQwenMoeConfig,
+    weights: torch.Tensor | None = None,
 ) -> dict[str, float | list[float]]:
-    """Return the figures of one router for one batch of logits [T, E]; `weights` [T] is 0 for padding."""
+    """Return the figures of one router for one batch of logits [T, E]; the rest is as in `RouterStatistics.update`."""
     statistics = RouterStatistics(1, router_logits.shape[-1], router_logits.device)
-    statistics.update([router_logits], num_experts_per_tok, weights)
+    statistics.update([router_logits], [selected_experts], config, weights)
     return statistics.metrics()[0]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from modeling_upcycled_moe import ROUTERS, TopKRouter, UpcycledQwenMoeConfig
+from modeling_upcycled_moe import ROUTERS, Router, UpcycledQwenMoeConfig
 
 from ..common.settings import SettingsError
 from .experts import EXPERTS, FileBytes
@@ -235,7 +235,7 @@ def router_plans(plan: ConversionPlan) -> list[RouterPlan]:
     ]
 
 
-def router_module(config: UpcycledQwenMoeConfig) -> TopKRouter:
+def router_module(config: UpcycledQwenMoeConfig) -> Router:
     """Return a router of the MoE model without storage, which knows its shapes, its cost and whether it folds."""
     with torch.device("meta"):
         return ROUTERS[config.router_type](config)

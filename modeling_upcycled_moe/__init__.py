@@ -3,14 +3,15 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .configuration_upcycled_moe import UpcycledQwenMoeConfig
-from .losses_upcycled_moe import load_balancing_losses, router_z_losses
+from .losses_upcycled_moe import ROUTER_LOSSES, router_losses
 from .modeling_upcycled_moe import (
     UpcycledQwenMoeForCausalLM,
     UpcycledQwenMoeForSequenceClassification,
     UpcycledQwenMoeModel,
     UpcycledQwenMoePreTrainedModel,
 )
-from .routers_upcycled_moe import ROUTERS, LinearRouter, MixtureRouter, TopKRouter
+from .routers_upcycled_moe import ROUTERS, GroupedAverageRouter, LinearRouter, MixtureRouter, MLPRouter, Router
+from .selection_upcycled_moe import SELECTIONS, routing_probabilities
 
 
 AutoConfig.register(UpcycledQwenMoeConfig.model_type, UpcycledQwenMoeConfig, exist_ok=True)
@@ -22,14 +23,18 @@ AutoModelForSequenceClassification.register(
 
 __all__ = [
     "ROUTERS",
+    "ROUTER_LOSSES",
+    "SELECTIONS",
+    "GroupedAverageRouter",
     "LinearRouter",
+    "MLPRouter",
     "MixtureRouter",
-    "TopKRouter",
+    "Router",
     "UpcycledQwenMoeConfig",
     "UpcycledQwenMoeForCausalLM",
     "UpcycledQwenMoeForSequenceClassification",
     "UpcycledQwenMoeModel",
     "UpcycledQwenMoePreTrainedModel",
-    "load_balancing_losses",
-    "router_z_losses",
+    "router_losses",
+    "routing_probabilities",
 ]

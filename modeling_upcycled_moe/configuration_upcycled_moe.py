@@ -215,6 +215,11 @@ class UpcycledQwenMoeConfig(Qwen3Config):
         return self.num_experts + self.num_zero_experts + self.num_copy_experts + self.num_constant_experts
 
     @property
+    def has_empty_slots(self) -> bool:
+        """Whether a token may have fewer than `num_experts_per_tok` experts with computation."""
+        return self.router_selection in ("top_p", "expert_choice") or self.num_routed_experts > self.num_experts
+
+    @property
     def moe_layers(self) -> list[int]:
         """Indices of the decoder layers that have experts."""
         return [layer_idx for layer_idx in range(self.num_hidden_layers) if self.is_moe_layer(layer_idx)]

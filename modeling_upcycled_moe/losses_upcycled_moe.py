@@ -1,10 +1,22 @@
 """Router losses, one value for each MoE layer.
 
-Dimensions: L MoE layers, T tokens, E experts, K experts per token.
+Dimensions: L MoE layers, T tokens, E experts to choose from, K slots of a token.
 """
 
+import os
+
 import torch
-import torch.nn.functional as F
+
+from .selection_upcycled_moe import routing_probabilities
+
+
+# Field of the model's output that a loss is in, and of the configuration that its weight is in.
+ROUTER_LOSSES = {
+    "aux_loss": "router_aux_loss_coef",
+    "z_loss": "router_z_loss_coef",
+    "entropy_loss": "router_entropy_loss_coef",
+    "locality_loss": "router_locality_loss_coef",
+}
 
 
 def token_weights(attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
@@ -29,7 +41,9 @@ def _masked_mean(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Te
 
 
 def load_balancing_losses(
-    router_logits: tuple[torch.Tensor, ...], num_experts_per_tok: int, attention_mask: torch.Tensor | None = None
+    probabilities: tuple[torch.Tensor, ...],
+    selected_experts: tuple[torch.Tensor, ...],
+    attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the load-balancing loss of each layer [L]: `E Σ_e f_e P_e`.
 
@@ -38,20 +52,19 @@ def load_balancing_losses(
     hide behind each other.
 
     Args:
-        router_logits: one [T, E] tensor a layer.
+        probabilities: one [T, E] tensor a layer.
+        selected_experts: one [T, K] tensor a layer; E in an empty slot.
         attention_mask: [batch, sequence], 0 for padding tokens, which do not count.
     Source: Switch Transformer (arXiv 2101.03961), equations 4 to 6.
     """
     losses = []
-    for logits in router_logits:
-        num_experts = logits.shape[-1]
-        weights = token_weights(attention_mask, logits.shape[0])
-        probabilities = F.softmax(logits.float(), dim=-1)
-        selected = torch.topk(probabilities, num_experts_per_tok, dim=-1).indices
-        chosen = torch.zeros_like(probabilities).scatter(-1, selected, 1.0)
+    for layer_probabilities, selected in zip(probabilities, selected_experts, strict=True):
+        num_tokens, num_experts = layer_probabilities.shape
+        weights = token_weights(attention_mask, num_tokens)
+        chosen = layer_probabilities.new_zeros(num_tokens, num_experts + 1).scatter(-1, selected, 1.0)[:, :-1]
         loads = _masked_mean(chosen, weights)
-        losses.append(num_experts * (loads * _masked_mean(probabilities, weights)).sum())
-    return torch.stack([loss.to(losses[0].device) for loss in losses])
+        losses.append(num_experts * (loads * _masked_mean(layer_probabilities, weights)).sum())
+    return _stack(losses)
 
 
 def router_z_losses(
@@ -64,11 +77,96 @@ def router_z_losses(
         attention_mask: [batch, sequence], 0 for padding tokens, which do not count.
     Source: ST-MoE (arXiv 2202.08906), equation 5.
     """
-    losses = [
-        _masked_mean(torch.logsumexp(logits.float(), dim=-1) ** 2, token_weights(attention_mask, logits.shape[0]))
-        for logits in router_logits
-    ]
+    return _stack(
+        [
+            _masked_mean(torch.logsumexp(logits.float(), dim=-1) ** 2, token_weights(attention_mask, logits.shape[0]))
+            for logits in router_logits
+        ]
+    )
+
+
+def router_entropy_losses(
+    probabilities: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the mean over tokens of `-Σ_e p_e ln p_e`, in nats, of each layer [L].
+
+    Args:
+        probabilities: one [T, E] tensor a layer.
+        attention_mask: [batch, sequence], 0 for padding tokens, which do not count.
+    Source: Harder Tasks Need More Experts (arXiv 2403.07652), equation 7, its dynamic loss.
+    """
+    return _stack(
+        [
+            _masked_mean(torch.special.entr(layer).sum(dim=-1), token_weights(attention_mask, layer.shape[0]))
+            for layer in probabilities
+        ]
+    )
+
+
+def locality_losses(
+    probabilities: tuple[torch.Tensor, ...],
+    expert_nodes: list[int],
+    node: int,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return `-ln Σ_{e on node} P_e` of each layer [L], with the mean probability `P_e` of expert e.
+
+    That is the Kullback-Leibler divergence from where this node's tokens go to all of them staying on it. The paper
+    writes the divergence the other way round, which is infinite as soon as one token leaves.
+
+    Args:
+        probabilities: one [T, E] tensor a layer.
+        expert_nodes: node of each expert [E].
+        node: node that the tokens are on.
+        attention_mask: [batch, sequence], 0 for padding tokens, which do not count.
+    Raises:
+        ValueError: if no expert is on `node`.
+    Source: LocMoE (arXiv 2401.13920), section 4.2.
+    """
+    local = [expert for expert, expert_node in enumerate(expert_nodes) if expert_node == node]
+    if not local:
+        raise ValueError(f"expert_nodes={expert_nodes} puts no expert on node {node}, where this process is.")
+    losses = []
+    for layer in probabilities:
+        mean = _masked_mean(layer, token_weights(attention_mask, layer.shape[0]))
+        losses.append(-mean[local].sum().clamp(min=torch.finfo(mean.dtype).tiny).log())
+    return _stack(losses)
+
+
+def router_losses(
+    config,
+    router_logits: tuple[torch.Tensor, ...],
+    selected_experts: tuple[torch.Tensor, ...],
+    attention_mask: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """Return the losses [L] by their names in `ROUTER_LOSSES`, not weighted.
+
+    Balance and z-loss always; those of special routers if they have a weight.
+    """
+    probabilities = tuple(routing_probabilities(logits, config) for logits in router_logits)
+    losses = {
+        "aux_loss": load_balancing_losses(probabilities, selected_experts, attention_mask),
+        "z_loss": router_z_losses(router_logits, attention_mask),
+    }
+    if config.router_entropy_loss_coef > 0:
+        losses["entropy_loss"] = router_entropy_losses(probabilities, attention_mask)
+    if config.router_locality_loss_coef > 0:
+        # `torchrun` and `accelerate launch` number the nodes so; a single process is on the first.
+        node = int(os.environ.get("GROUP_RANK", "0"))
+        losses["locality_loss"] = locality_losses(probabilities, config.expert_nodes, node, attention_mask)
+    return losses
+
+
+def _stack(losses: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([loss.to(losses[0].device) for loss in losses])
 
 
-__all__ = ["load_balancing_losses", "router_z_losses", "token_weights"]
+__all__ = [
+    "ROUTER_LOSSES",
+    "load_balancing_losses",
+    "locality_losses",
+    "router_entropy_losses",
+    "router_losses",
+    "router_z_losses",
+    "token_weights",
+]

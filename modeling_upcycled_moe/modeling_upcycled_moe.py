@@ -3,7 +3,7 @@
 Attention, norms, rotary embedding and experts are Transformers' own; what differs is here: the router, the block that
 joins it to the experts, and the losses that keep it balanced.
 
-Dimensions: B batch, S sequence, T = B * S tokens, H hidden size, E experts, K experts per token, L MoE layers.
+Dimensions: B batch, S sequence, T = B * S tokens, H hidden size, E experts, K slots of a token, L MoE layers.
 """
 
 from dataclasses import dataclass
@@ -27,13 +27,14 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qw
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm, Qwen3RotaryEmbedding
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_upcycled_moe import UpcycledQwenMoeConfig
-from .losses_upcycled_moe import load_balancing_losses, router_z_losses
-from .routers_upcycled_moe import ROUTERS, LinearRouter, TopKRouter
+from .losses_upcycled_moe import ROUTER_LOSSES, router_losses
+from .routers_upcycled_moe import ROUTERS, LinearRouter, Router
+from .selection_upcycled_moe import routing_scores
 
 
 logger = logging.get_logger(__name__)
@@ -46,12 +47,17 @@ class UpcycledQwenMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     Args:
         aux_loss (`torch.FloatTensor` of shape `()`): Load-balancing loss, mean over MoE layers, not weighted.
         z_loss (`torch.FloatTensor` of shape `()`): Router z-loss, mean over MoE layers, not weighted.
-        router_loss (`torch.FloatTensor` of shape `()`): What both add to `loss`; `loss - router_loss` is the rest.
+        entropy_loss, locality_loss (`torch.FloatTensor` of shape `()`): The same of those, if they have a weight.
+        router_loss (`torch.FloatTensor` of shape `()`): What all add to `loss`; `loss - router_loss` is the rest.
         router_logits (`tuple[torch.FloatTensor]`): One tensor [T, E] for each MoE layer.
+        selected_experts (`tuple[torch.LongTensor]`): One tensor [T, K] for each MoE layer; E in an empty slot.
     """
 
     z_loss: torch.FloatTensor | None = None
+    entropy_loss: torch.FloatTensor | None = None
+    locality_loss: torch.FloatTensor | None = None
     router_loss: torch.FloatTensor | None = None
+    selected_experts: tuple[torch.LongTensor, ...] | None = None
 
 
 @dataclass
@@ -60,8 +66,11 @@ class UpcycledQwenMoeSequenceClassifierOutputWithPast(SequenceClassifierOutputWi
 
     aux_loss: torch.FloatTensor | None = None
     z_loss: torch.FloatTensor | None = None
+    entropy_loss: torch.FloatTensor | None = None
+    locality_loss: torch.FloatTensor | None = None
     router_loss: torch.FloatTensor | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
+    selected_experts: tuple[torch.LongTensor, ...] | None = None
 
 
 @use_experts_implementation
@@ -73,23 +82,87 @@ class UpcycledQwenMoeExperts(Qwen2MoeExperts):
     """
 
 
+class UpcycledQwenMoeConstantExperts(nn.Module):
+    """Experts that return `a_1 x + a_2 v` for a token x, with a vector v of their own and `a = softmax(W x)`.
+
+    Source: MoE++ (arXiv 2410.07348), equation 5.
+    """
+
+    def __init__(self, config: UpcycledQwenMoeConfig):
+        super().__init__()
+        self.vectors = nn.Parameter(torch.empty(config.num_constant_experts, config.hidden_size))  # [C, H]
+        self.weight = nn.Parameter(torch.empty(config.num_constant_experts, 2, config.hidden_size))  # [C, 2, H]
+
+    def forward(self, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return the sum [T, H] over the experts, with the weights [T, C]."""
+        mixing = F.linear(tokens, self.weight.flatten(0, 1)).unflatten(-1, (-1, 2))  # [T, C, 2]
+        mixing = F.softmax(mixing, dim=-1, dtype=torch.float).to(tokens.dtype) * weights.unsqueeze(-1)
+        return mixing[..., 0].sum(dim=-1, keepdim=True) * tokens + mixing[..., 1] @ self.vectors
+
+
 class UpcycledQwenMoeSparseMoeBlock(nn.Module):
     def __init__(self, config: UpcycledQwenMoeConfig):
         super().__init__()
+        self.config = config
         self.gate = ROUTERS[config.router_type](config)
         self.experts = UpcycledQwenMoeExperts(config)
+        self.constant_experts = None
+        if config.num_constant_experts > 0:
+            self.constant_experts = UpcycledQwenMoeConstantExperts(config)
         self.shared_expert = None
         if config.shared_expert_intermediate_size > 0:
             self.shared_expert = Qwen2MoeMLP(config, intermediate_size=config.shared_expert_intermediate_size)
-            self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+            if config.shared_expert_gating == "sigmoid":
+                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
-        _, top_k_weights, top_k_index = self.gate(tokens)
-        output = self.experts(tokens, top_k_index, top_k_weights)
+        router_logits, weights, index = self.gate(tokens)
+        if self.config.has_empty_slots:
+            output = self._filled_slots(tokens, weights, index) + self._without_computation(tokens, weights, index)
+        else:
+            output = self.experts(tokens, index, weights)
         if self.shared_expert is not None:
-            output = output + F.sigmoid(self.shared_expert_gate(tokens)) * self.shared_expert(tokens)
+            output = output + self._shared_weight(tokens, router_logits) * self.shared_expert(tokens)
         return output.reshape(hidden_states.shape)
+
+    def _filled_slots(self, tokens: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Return the output [T, H] of the experts with computation, where tokens have fewer than K of them.
+
+        Only pairs of a token and such an expert are computed. A compiled graph knows no sizes that depend on data:
+        there every slot is, those of no expert with weight zero.
+        """
+        is_filled = index < self.config.num_experts
+        if is_torchdynamo_compiling():
+            return self.experts(tokens, index.masked_fill(~is_filled, 0), weights.masked_fill(~is_filled, 0.0))
+        token, slot = is_filled.nonzero(as_tuple=True)
+        outputs = self.experts(tokens[token], index[token, slot, None], weights[token, slot, None])
+        return torch.zeros_like(tokens).index_add(0, token, outputs)
+
+    def _without_computation(
+        self, tokens: torch.Tensor, weights: torch.Tensor, index: torch.Tensor
+    ) -> torch.Tensor | float:
+        """Return the output [T, H] of the zero, copy and constant experts, which follow the others in this order."""
+        config, output = self.config, 0.0
+        first_copy = config.num_experts + config.num_zero_experts
+        first_constant = first_copy + config.num_copy_experts
+        if config.num_copy_experts > 0:
+            is_copy = (index >= first_copy) & (index < first_constant)
+            output = (weights * is_copy).sum(dim=-1, keepdim=True) * tokens
+        if self.constant_experts is not None:
+            constants = torch.arange(first_constant, config.num_routed_experts, device=index.device)
+            constant_weights = (weights.unsqueeze(-1) * (index.unsqueeze(-1) == constants)).sum(dim=1)  # [T, C]
+            output = output + self.constant_experts(tokens, constant_weights)
+        return output
+
+    def _shared_weight(self, tokens: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor | float:
+        """Return the weight [T, 1] of the shared expert."""
+        if self.config.shared_expert_gating == "plain":
+            return 1.0
+        if self.config.shared_expert_gating == "sigmoid":
+            return F.sigmoid(self.shared_expert_gate(tokens))
+        # From the logits: under expert parallelism a process has the weights of its own experts only.
+        return 1 - routing_scores(router_logits, self.config).amax(dim=-1, keepdim=True).to(tokens.dtype)
 
 
 ATTENTION_CLASSES = {"qwen2": Qwen2Attention, "qwen3": Qwen3Attention}
@@ -121,8 +194,9 @@ class UpcycledQwenMoePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _can_record_outputs = {
-        "router_logits": OutputRecorder(TopKRouter, index=0),
+        "router_logits": OutputRecorder(Router, index=0),
         "hidden_states": UpcycledQwenMoeDecoderLayer,
         "attentions": [OutputRecorder(attention, index=1) for attention in ATTENTION_CLASSES.values()],
     }
@@ -137,7 +211,10 @@ class UpcycledQwenMoePreTrainedModel(PreTrainedModel):
         if isinstance(module, UpcycledQwenMoeExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
             init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
-        elif isinstance(module, TopKRouter):
+        elif isinstance(module, UpcycledQwenMoeConstantExperts):
+            init.normal_(module.vectors, mean=0.0, std=self.config.initializer_range)
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, Router):
             module.reset_parameters(std=self.config.initializer_range)
 
     @torch.no_grad()
@@ -148,14 +225,17 @@ class UpcycledQwenMoePreTrainedModel(PreTrainedModel):
         of a mixture are separate parameters.
 
         Raises:
-            ValueError: if the routers do not fold (`router_pooling="max"`, or several keys an expert).
+            ValueError: if the routers do not fold (see `Router.fold_obstacle`).
         """
         blocks = self._moe_blocks()
         folded = [block.gate.fold() for block in blocks]
         self.config.use_linear_router()
         for block, weight in zip(blocks, folded, strict=True):
             router = LinearRouter(self.config).train(block.gate.training)
-            router.weight = nn.Parameter(weight)
+            # A router without parameters folds into what its block computes in.
+            router.weight = nn.Parameter(weight.to(next(block.gate.parameters(), block.experts.down_proj)))
+            if self.config.use_router_bias:
+                router.e_score_correction_bias = block.gate.e_score_correction_bias
             # Transformers installs the hooks that record router logits once: they move to the new router.
             router._forward_hooks.update(block.gate._forward_hooks)
             block.gate = router
@@ -165,33 +245,63 @@ class UpcycledQwenMoePreTrainedModel(PreTrainedModel):
         """Return the MoE blocks, one for each MoE layer, in their order."""
         return [module for module in self.modules() if isinstance(module, UpcycledQwenMoeSparseMoeBlock)]
 
+    @torch.no_grad()
+    def update_router_biases(self, loads: torch.Tensor) -> None:
+        """Move the selection biases towards balance, after a training step.
+
+        Args:
+            loads: how often each expert was selected in the step, by all processes [L, E].
+        Raises:
+            ValueError: if the routers have no bias.
+        Source: Auxiliary-Loss-Free Load Balancing (arXiv 2408.15664), algorithm 1.
+        """
+        if not self.config.use_router_bias:
+            raise ValueError("The routers have no bias to update; set use_router_bias=True.")
+        for block, layer_loads in zip(self._moe_blocks(), loads, strict=True):
+            block.gate.update_bias(layer_loads)
+
+    def _has_router_loss(self) -> bool:
+        return any(getattr(self.config, coefficient) > 0 for coefficient in ROUTER_LOSSES.values())
+
     def _records_router_logits(self, labels: torch.Tensor | None, output_router_logits: bool) -> bool:
         """Whether the router losses are needed: asked for, or part of a training loss."""
-        coefficients = (self.config.router_aux_loss_coef, self.config.router_z_loss_coef)
-        return output_router_logits or (self.training and labels is not None and any(c > 0 for c in coefficients))
+        return output_router_logits or (self.training and labels is not None and self._has_router_loss())
+
+    @torch.no_grad()
+    def _selected_experts(self, router_logits: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...] | None:
+        """Return the index [T, K] that each router made of its logits.
+
+        Made again rather than recorded: expert parallelism renumbers what the routers return.
+        """
+        if not router_logits:
+            return None
+        blocks = self._moe_blocks()
+        return tuple(block.gate.select(logits)[1] for block, logits in zip(blocks, router_logits, strict=True))
 
     def _router_losses(
-        self, router_logits: tuple[torch.Tensor, ...] | None, attention_mask: torch.Tensor | None
+        self,
+        router_logits: tuple[torch.Tensor, ...] | None,
+        selected_experts: tuple[torch.Tensor, ...] | None,
+        attention_mask: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
-        """Return `aux_loss`, `z_loss` and their weighted sum `router_loss`, or nothing without router logits.
+        """Return the mean over layers of each router loss, and the weighted sum `router_loss`; nothing if not needed.
 
         Raises:
             ValueError: if the routers are being trained but the losses cannot reach them.
         """
         if not router_logits:
             return {}
-        coefficients = (self.config.router_aux_loss_coef, self.config.router_z_loss_coef)
-        if self.training and torch.is_grad_enabled() and any(c > 0 for c in coefficients):
+        if self.training and torch.is_grad_enabled() and self._has_router_loss():
             for block, logits in zip(self._moe_blocks(), router_logits, strict=True):
                 if not logits.requires_grad and any(parameter.requires_grad for parameter in block.gate.parameters()):
                     raise ValueError(
                         "The router losses have no gradient: gradient checkpointing with use_reentrant=True cuts them "
-                        "off. Use use_reentrant=False, or set router_aux_loss_coef=0 and router_z_loss_coef=0."
+                        "off. Use use_reentrant=False, or set the coefficients of the router losses to 0."
                     )
-        aux_loss = load_balancing_losses(router_logits, self.config.num_experts_per_tok, attention_mask).mean()
-        z_loss = router_z_losses(router_logits, attention_mask).mean()
-        router_loss = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
-        return {"aux_loss": aux_loss, "z_loss": z_loss, "router_loss": router_loss}
+        by_layer = router_losses(self.config, router_logits, selected_experts, attention_mask)
+        losses = {name: layers.mean() for name, layers in by_layer.items()}
+        losses["router_loss"] = sum(getattr(self.config, ROUTER_LOSSES[name]) * loss for name, loss in losses.items())
+        return losses
 
 
 class UpcycledQwenMoeModel(UpcycledQwenMoePreTrainedModel):
@@ -313,13 +423,14 @@ class UpcycledQwenMoeForCausalLM(UpcycledQwenMoePreTrainedModel, GenerationMixin
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
 
-        router_losses = self._router_losses(outputs.router_logits, attention_mask)
+        selected_experts = self._selected_experts(outputs.router_logits)
+        losses = self._router_losses(outputs.router_logits, selected_experts, attention_mask)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
-            if router_losses:
-                router_losses["router_loss"] = router_losses["router_loss"] * _share_of_batch(labels, **kwargs)
-                loss = loss + router_losses["router_loss"].to(loss.device)
+            if losses:
+                losses["router_loss"] = losses["router_loss"] * _share_of_batch(labels, **kwargs)
+                loss = loss + losses["router_loss"].to(loss.device)
         return UpcycledQwenMoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -327,7 +438,8 @@ class UpcycledQwenMoeForCausalLM(UpcycledQwenMoePreTrainedModel, GenerationMixin
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
-            **router_losses,
+            selected_experts=selected_experts if output_router_logits else None,
+            **losses,
         )
 
 
@@ -396,12 +508,13 @@ class UpcycledQwenMoeForSequenceClassification(UpcycledQwenMoePreTrainedModel):
         sequences = torch.arange(logits.shape[0], device=logits.device)
         pooled_logits = logits[sequences, self._last_token(input_ids, logits)]
 
-        router_losses = self._router_losses(outputs.router_logits, attention_mask)
+        selected_experts = self._selected_experts(outputs.router_logits)
+        losses = self._router_losses(outputs.router_logits, selected_experts, attention_mask)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled_logits, config=self.config)
-            if router_losses:
-                loss = loss + router_losses["router_loss"].to(loss.device)
+            if losses:
+                loss = loss + losses["router_loss"].to(loss.device)
         return UpcycledQwenMoeSequenceClassifierOutputWithPast(
             loss=loss,
             logits=pooled_logits,
@@ -409,7 +522,8 @@ class UpcycledQwenMoeForSequenceClassification(UpcycledQwenMoePreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
-            **router_losses,
+            selected_experts=selected_experts if output_router_logits else None,
+            **losses,
         )
 
     def _last_token(self, input_ids: torch.LongTensor | None, logits: torch.Tensor) -> torch.Tensor | int:

@@ -1,9 +1,10 @@
 """Routers: from a token's hidden state to the experts that it is sent to.
 
-Dimensions: T tokens, H hidden size, E experts, K experts per token, R routers, J keys, D router head size.
+Dimensions: T tokens, H hidden size, E experts to choose from, K slots of a token, R routers, J keys, D router head
+size.
 
-A router type is a subclass of `TopKRouter` that gives the scores, and an entry in `ROUTERS`; the selection that
-follows is shared.
+A router type is a subclass of `Router` that gives the scores, and an entry in `ROUTERS`; the selection that follows is
+shared, see `selection_upcycled_moe.py`.
 """
 
 import torch
@@ -11,17 +12,22 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from .selection_upcycled_moe import SELECTIONS, expert_weights, routing_scores
 
-class TopKRouter(nn.Module):
-    """Select `num_experts_per_tok` experts for each token from the scores of a subclass."""
+
+class Router(nn.Module):
+    """Select the experts of each token from the scores of a subclass."""
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.hidden_dim = config.hidden_size
+        # Those with computation; expert-parallel plans of Transformers share them out.
         self.num_experts = config.num_experts
-        self.top_k = config.num_experts_per_tok
-        self.norm_topk_prob = config.norm_topk_prob
-        self.jitter_noise = config.router_jitter_noise
+        self.num_routed_experts = config.num_routed_experts
+        if config.use_router_bias:
+            # Named as in stock DeepSeek-V3 models. Steps of a thousandth need float32.
+            self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_routed_experts, dtype=torch.float32))
 
     def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the router logits [T, E] of `hidden_states` [T, H]."""
@@ -51,10 +57,34 @@ class TopKRouter(nn.Module):
         """Return the weight for `fold`, where nothing stands in the way."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
-        """Draw the parameters from N(0, std)."""
+        """Draw the parameters from N(0, std) and set the bias to zero."""
         for parameter in self.parameters(recurse=False):
             init.normal_(parameter, mean=0.0, std=std)
+        if self.config.use_router_bias:
+            init.zeros_(self.e_score_correction_bias)
+
+    @torch.no_grad()
+    def update_bias(self, loads: torch.Tensor) -> None:
+        """Move the bias of every expert by `router_bias_update_rate` towards the mean of `loads` [E].
+
+        Source: Auxiliary-Loss-Free Load Balancing (arXiv 2408.15664), algorithm 1.
+        """
+        loads = loads.to(self.e_score_correction_bias)
+        self.e_score_correction_bias += self.config.router_bias_update_rate * torch.sign(loads.mean() - loads)
+
+    def select(self, router_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weights [T, K] and index [T, K] of each token's experts; index E and weight 0 in an empty slot."""
+        scores = routing_scores(router_logits, self.config)
+        selection = self.config.router_selection
+        if selection == "expert_choice" and not self.training:
+            selection = "top_k"  # by the token alone, so that generation does not depend on what comes after it
+        choice = scores.detach()
+        if self.config.use_router_bias:
+            choice = choice + self.e_score_correction_bias
+        index = SELECTIONS[selection](choice, self.config)
+        return expert_weights(scores, index, self.config), index
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return router logits [T, E], the weights [T, K] and the indices [T, K] of the experts of each token.
@@ -62,23 +92,21 @@ class TopKRouter(nn.Module):
         Expert-parallel plans of Transformers rely on this order.
         """
         hidden_states = hidden_states.reshape(-1, self.hidden_dim)
-        if self.training and self.jitter_noise > 0:
-            noise = torch.empty_like(hidden_states).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
+        jitter_noise = self.config.router_jitter_noise
+        if self.training and jitter_noise > 0:
+            noise = torch.empty_like(hidden_states).uniform_(1.0 - jitter_noise, 1.0 + jitter_noise)
             hidden_states = hidden_states * noise
         router_logits = self.score(hidden_states)
-        probabilities = F.softmax(router_logits, dtype=torch.float, dim=-1)
-        top_k_weights, top_k_index = torch.topk(probabilities, self.top_k, dim=-1)
-        if self.norm_topk_prob:
-            top_k_weights = top_k_weights / top_k_weights.sum(dim=-1, keepdim=True)
-        return router_logits, top_k_weights.to(router_logits.dtype), top_k_index
+        weights, index = self.select(router_logits)
+        return router_logits, weights.to(router_logits.dtype), index
 
 
-class LinearRouter(TopKRouter):
+class LinearRouter(Router):
     """One linear map from token to scores, named and shaped as in stock Qwen MoE models."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim))  # [E, H]
+        self.weight = nn.Parameter(torch.empty(self.num_routed_experts, self.hidden_dim))  # [E, H]
 
     def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden_states, self.weight)
@@ -91,7 +119,7 @@ class LinearRouter(TopKRouter):
         return self.weight.detach().clone()
 
 
-class MixtureRouter(TopKRouter):
+class MixtureRouter(Router):
     """Several routers, each with its own view of the token, that score the experts' keys together.
 
     Router r sees the query `W_r x`; key j scores `Σ_r (W_r x)·k_j` (`sum`) or `max_r (W_r x)·k_j` (`max`). Keys are
@@ -117,9 +145,9 @@ class MixtureRouter(TopKRouter):
         else:
             queries = F.linear(hidden_states, self.query_weight.flatten(0, 1))  # [T, R * D]
             key_scores = F.linear(queries.unflatten(-1, (self.num_routers, -1)), self.keys).amax(dim=1)  # [T, J]
-        if self.num_keys == self.num_experts:
+        if self.num_keys == self.num_routed_experts:
             return key_scores
-        return key_scores.unflatten(-1, (self.num_experts, -1)).amax(dim=-1)
+        return key_scores.unflatten(-1, (self.num_routed_experts, -1)).amax(dim=-1)
 
     @property
     def flops_per_token(self) -> int:
@@ -134,10 +162,10 @@ class MixtureRouter(TopKRouter):
                 f"router_pooling={self.pooling!r} does not fold into a linear router: "
                 "the maximum over routers is not linear in the token. Only 'sum' folds."
             )
-        if self.num_keys != self.num_experts:
+        if self.num_keys != self.num_routed_experts:
             return (
-                f"num_router_keys={self.num_keys} with num_experts={self.num_experts} does not fold into a linear "
-                "router: the best of several keys is not linear in the token. Only one key an expert folds."
+                f"num_router_keys={self.num_keys} with num_experts={self.num_routed_experts} does not fold into a "
+                "linear router: the best of several keys is not linear in the token. Only one key an expert folds."
             )
         return None
 
@@ -147,7 +175,53 @@ class MixtureRouter(TopKRouter):
         return folded.to(self.query_weight.dtype)
 
 
-ROUTERS = {"linear": LinearRouter, "mixture": MixtureRouter}
+class MLPRouter(Router):
+    """Two layers with a GELU between them, H to H to E.
+
+    Source: baseline of Router Upcycling (arXiv 2509.00679), section 4.3.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.up_weight = nn.Parameter(torch.empty(self.hidden_dim, self.hidden_dim))  # [H, H]
+        self.down_weight = nn.Parameter(torch.empty(self.num_routed_experts, self.hidden_dim))  # [E, H]
+
+    def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.gelu(F.linear(hidden_states, self.up_weight)), self.down_weight)
+
+    @property
+    def flops_per_token(self) -> int:
+        return 2 * (self.up_weight.numel() + self.down_weight.numel())
+
+    @property
+    def fold_obstacle(self) -> str | None:
+        return "router_type='mlp' does not fold into a linear router: its GELU is not linear in the token."
 
 
-__all__ = ["ROUTERS", "LinearRouter", "MixtureRouter", "TopKRouter"]
+class GroupedAverageRouter(Router):
+    """The mean of a part of the token, one part of `H / E` neighbours for each expert; nothing is learned.
+
+    Source: LocMoE (arXiv 2401.13920), section 4.1, its grouped average pooling.
+    """
+
+    def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states.unflatten(-1, (self.num_routed_experts, -1)).mean(dim=-1)
+
+    @property
+    def flops_per_token(self) -> int:
+        return self.hidden_dim
+
+    def folded_weight(self) -> torch.Tensor:
+        part = self.hidden_dim // self.num_routed_experts
+        return torch.eye(self.num_routed_experts).repeat_interleave(part, dim=1) / part
+
+
+ROUTERS = {
+    "linear": LinearRouter,
+    "mixture": MixtureRouter,
+    "mlp": MLPRouter,
+    "grouped_average": GroupedAverageRouter,
+}
+
+
+__all__ = ["ROUTERS", "GroupedAverageRouter", "LinearRouter", "MLPRouter", "MixtureRouter", "Router"]
