@@ -14,10 +14,14 @@ from yaml import YAMLError
 from .numbers import format_bytes, format_count
 from .plan import ConversionPlan
 from .report import RouterReport
+from .source import DenseSource
 from .writer import write_text
 
 
 CARD_FILE = "README.md"
+# arXiv numbers of the methods by which experts start, where they have one of their own.
+EXPERT_PAPERS = {"drop": "2502.19261", "split": "2410.07524"}
+SOURCES_PAPER = "2403.07816"
 
 
 def write_card(folder: Path, plan: ConversionPlan, reports: list[RouterReport] | None) -> None:
@@ -27,28 +31,24 @@ def write_card(folder: Path, plan: ConversionPlan, reports: list[RouterReport] |
 
 def render_card(plan: ConversionPlan, reports: list[RouterReport] | None) -> str:
     """Return the model card of a conversion by `plan`, with what its fresh routers do."""
-    source, recipe, config = plan.source, plan.recipe, plan.config
-    parent_card = _parent_card(source.folder)
-    is_hub_id = _is_hub_id(source.name) and not Path(source.name).exists()
-    parent = source.name if is_hub_id else Path(source.name).resolve().name
+    recipe, config = plan.recipe, plan.config
+    parents = [_parent(source) for source in plan.sources]
+    hub_ids = [parent["name"] for parent in parents if parent["is_hub_id"]]
     is_causal_lm = config.architectures[0].endswith("ForCausalLM")
-    title = f"{parent.split('/')[-1]}-{config.num_experts}x-MoE"
+    title = f"{parents[0]['name'].split('/')[-1]}-{config.num_experts}x-MoE"
     card_data = ModelCardData(
-        base_model=parent if is_hub_id else None,
-        license=parent_card.license,
-        license_name=parent_card.get("license_name"),
-        license_link=parent_card.get("license_link"),
-        language=parent_card.language,
+        base_model=(hub_ids[0] if len(hub_ids) == 1 else hub_ids) or None,
+        **_inherited([_parent_card(source.folder) for source in plan.sources]),
         library_name="transformers",
         pipeline_tag="text-generation" if is_causal_lm else "text-classification",
         datasets=[name for name in recipe.calibration_data if _is_hub_dataset(name)] or None,
-        tags=["moe", "mixture-of-experts", "upcycling", "custom_code", f"arxiv:{plan.router.paper}"],
+        tags=["moe", "mixture-of-experts", "upcycling", "custom_code", *(f"arxiv:{paper}" for paper in _papers(plan))],
     )
     values: dict[str, Any] = {
         "title": title,
-        "source_name": parent,
-        "base_model_is_hub_id": is_hub_id,
-        "preserves_function": plan.preserves_function == "exact",
+        "parents": parents,
+        "preserves_function": plan.preserves_function,
+        "preservation_reason": plan.preservation_reason,
         "total_parameters": format_count(plan.total_parameters),
         "active_parameters": format_count(plan.active_parameters),
         "num_layers": config.num_hidden_layers,
@@ -56,12 +56,13 @@ def render_card(plan: ConversionPlan, reports: list[RouterReport] | None) -> str
         "num_experts": config.num_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
         "experts": recipe.experts,
+        "shared_expert": None if recipe.shared_expert == "none" else recipe.shared_expert,
         "router": f"{recipe.router}: {plan.router.describe()}",
         "method": plan.router.method,
         "paper": plan.router.paper,
         "is_classifier": not is_causal_lm,
         "auto_class": "AutoModelForCausalLM" if is_causal_lm else "AutoModelForSequenceClassification",
-        "has_tokenizer": source.has_tokenizer,
+        "has_tokenizer": plan.source.has_tokenizer,
         "dtype": ", ".join(sorted({tensor.dtype for tensor in plan.tensors})),
         "size": format_bytes(plan.num_bytes),
         "routers": reports,
@@ -69,11 +70,30 @@ def render_card(plan: ConversionPlan, reports: list[RouterReport] | None) -> str
         "calibration_data": ", ".join(
             f"`{name if _is_hub_dataset(name) else Path(name).name}`" for name in recipe.calibration_data
         ),
-        "uniform_entropy": f"{math.log(config.num_experts):.3f}",
-        "balanced_load": f"{1 / config.num_experts:.3f}",
+        "uniform_entropy": f"{math.log(config.num_routed_experts):.3f}",
+        "balanced_load": f"{1 / config.num_routed_experts:.3f}",
     }
     template = files("upcycled_moe.model_cards").joinpath("template.md").read_text(encoding="utf-8")
     return str(ModelCard.from_template(card_data, template_str=template, **values)).rstrip() + "\n"
+
+
+def _parent(source: DenseSource) -> dict[str, Any]:
+    is_hub_id = _is_hub_id(source.name) and not Path(source.name).exists()
+    return {"name": source.name if is_hub_id else Path(source.name).resolve().name, "is_hub_id": is_hub_id}
+
+
+def _papers(plan: ConversionPlan) -> list[str]:
+    """Return the arXiv numbers of the methods, each once."""
+    papers = [plan.router.paper, EXPERT_PAPERS.get(plan.recipe.experts), SOURCES_PAPER * (len(plan.sources) > 1)]
+    return list(dict.fromkeys(paper for paper in papers if paper))
+
+
+def _inherited(cards: list[ModelCardData]) -> dict[str, Any]:
+    """Return what the parents' cards agree on: a licence that only some of them have is not the result's."""
+    values = [
+        {name: card.get(name) for name in ("license", "license_name", "license_link", "language")} for card in cards
+    ]
+    return {name: value for name, value in values[0].items() if all(other[name] == value for other in values)}
 
 
 def _is_hub_id(name: str) -> bool:

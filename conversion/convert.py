@@ -76,7 +76,7 @@ def convert(
         )
     contents, reports = initial_routers(plan, progress)
     # Hashing reads what copying has just brought into memory, on another core.
-    with staged(out, overwrite) as folder, _in_background(_hash_files, source.weight_files) as hashes:
+    with staged(out, overwrite) as folder, _in_background(_hash_files, plan.sources) as hashes:
         with progress.task("Writing", plan.num_bytes, "bytes") as advance:
             write_weights(plan, contents, folder, advance)
         _copy_companions(source, folder)
@@ -122,29 +122,36 @@ def _in_background(function: Callable, *arguments: Any) -> Iterator[Future]:
             raise
 
 
-def _hash_files(paths: list[Path], stop: threading.Event) -> dict[str, str]:
-    """Return the SHA-256 of each file by its name; breaks off when `stop` is set."""
-    hashes = {}
-    for path in paths:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while not stop.is_set() and (data := file.read(BUFFER_BYTES)):
-                digest.update(data)
-        hashes[path.name] = digest.hexdigest()
-    return hashes
+def _hash_files(sources: tuple[DenseSource, ...], stop: threading.Event) -> list[dict[str, str]]:
+    """Return the SHA-256 of each source's weight files by their names; breaks off when `stop` is set."""
+    return [{path.name: _hash_file(path, stop) for path in source.weight_files} for source in sources]
 
 
-def _provenance(plan: ConversionPlan, reports: list[RouterReport] | None, hashes: dict[str, str]) -> dict[str, Any]:
+def _hash_file(path: Path, stop: threading.Event) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while not stop.is_set() and (data := file.read(BUFFER_BYTES)):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _provenance(
+    plan: ConversionPlan, reports: list[RouterReport] | None, hashes: list[dict[str, str]]
+) -> dict[str, Any]:
     """Return where the checkpoint comes from. No time and no machine: the same conversion gives the same bytes."""
-    source = plan.source
-    return {
-        "format": PROVENANCE_FORMAT,
-        "source": {
+    source, *others = (
+        {
             "name": source.name,
             "revision": source.revision,
             "model_type": source.config.model_type,
-            "sha256": hashes,
-        },
+            "sha256": source_hashes,
+        }
+        for source, source_hashes in zip(plan.sources, hashes, strict=True)
+    )
+    return {
+        "format": PROVENANCE_FORMAT,
+        "source": source,
+        "expert_sources": others,
         "recipe": plan.recipe.to_dict(),
         "total_parameters": plan.total_parameters,
         "active_parameters": plan.active_parameters,

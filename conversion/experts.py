@@ -1,62 +1,251 @@
-"""How experts start: from a layer's dense FFN to the fused tensors of its experts."""
+"""How experts start: from a layer's dense FFN to the fused tensors of its experts.
 
-from collections.abc import Callable, Mapping
+Dimensions: E experts, H hidden size, I width of the dense FFN, G slices of it, C = E / G copies of each slice.
+
+An initialiser is a function for one expert and an entry in `EXPERTS`. It reads nothing: what it returns says which
+bytes to copy, and what to compute when the expert is written.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from .source import DTYPES, SourceTensor
+from ..common.settings import SettingsError
+from .contents import Computed, Content, FileBytes, Part, joined, paired, scaled
+from .randomness import tensor_generator
+from .recipe import ConversionRecipe
+from .source import SourceTensor
+
+
+# Rows of a matrix that are in float64 at a time.
+ROWS_AT_A_TIME = 1024
 
 
 @dataclass(frozen=True)
-class FileBytes:
-    """Content that is bytes of the source: `spans` of (tensor, first byte, bytes), all of it `repeats` times."""
+class DenseFfn:
+    """The matrices of a dense FFN: `gate` and `up` [I, H], `down` [H, I]."""
 
-    spans: tuple[tuple[SourceTensor, int, int], ...]
-    repeats: int = 1
+    gate: SourceTensor
+    up: SourceTensor
+    down: SourceTensor
 
     @classmethod
-    def whole(cls, *tensors: SourceTensor, repeats: int = 1) -> "FileBytes":
-        """Return all bytes of `tensors`, one after the other."""
-        return cls(tuple((tensor, 0, tensor.num_bytes) for tensor in tensors), repeats)
+    def of_layer(cls, layer: Mapping[str, SourceTensor]) -> "DenseFfn":
+        """Return the FFN of the layer with these tensors."""
+        return cls(*(layer[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down")))
 
-    def load(self) -> Tensor:
-        """Return the content as one flat tensor."""
-        parts = [
-            tensor.load().view(-1).view(torch.uint8)[begin : begin + num_bytes]
-            for tensor, begin, num_bytes in self.spans
-        ]
-        return torch.cat(parts * self.repeats).view(DTYPES[self.spans[0][0].dtype])
+    @property
+    def width(self) -> int:
+        """Its neurons, I."""
+        return self.gate.shape[0]
+
+    @property
+    def matrices(self) -> dict[str, SourceTensor]:
+        """The matrices by name, in the order in which initialisers return theirs."""
+        return {"gate_proj": self.gate, "up_proj": self.up, "down_proj": self.down}
 
 
-def copy_experts(layer: Mapping[str, SourceTensor], num_experts: int) -> dict[str, FileBytes]:
-    """Return the content of the fused expert tensors when every expert is a copy of the dense FFN.
+@dataclass(frozen=True)
+class NewExpert:
+    """The expert that an initialiser makes.
 
-    `gate_up_proj` [E, 2I, H] is the gate and then the up projection, E times; `down_proj` [E, H, I] the down
-    projection E times. Both are runs of the source's own bytes, so they stream.
+    Args:
+        index: from 0 to E - 1.
+        name: e.g. `model.layers.3.mlp.experts.5`; what is drawn at random depends on it.
+    """
+
+    index: int
+    name: str
+    recipe: ConversionRecipe
+    initializer_range: float
+
+
+# From a dense FFN and the expert to make of it to the content of its gate, up and down projection.
+Initializer = Callable[[DenseFfn, NewExpert], tuple[Part, Part, Part]]
+
+
+def copied_expert(ffn: DenseFfn, expert: NewExpert) -> tuple[Part, Part, Part]:
+    """Return a copy of the dense FFN: the source's own bytes, which stream.
 
     Source: Sparse Upcycling (arXiv 2212.05055); Router Upcycling (arXiv 2509.00679), equation 3.
     """
-    gate, up, down = (layer[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
-    return {
-        "gate_up_proj": FileBytes.whole(gate, up, repeats=num_experts),
-        "down_proj": FileBytes.whole(down, repeats=num_experts),
-    }
+    return tuple(FileBytes.whole(matrix) for matrix in ffn.matrices.values())
 
 
-@dataclass(frozen=True)
-class ExpertInitializer:
-    """How experts start.
+def noisy_expert(ffn: DenseFfn, expert: NewExpert) -> tuple[Part, Part, Part]:
+    """Return a copy of the dense FFN with `expert_noise` times the standard deviation of each matrix as noise."""
+    recipe = expert.recipe
+    return tuple(
+        Computed(matrix.shape, _noisy, (matrix, recipe.expert_noise, recipe.seed, f"{expert.name}.{name}"))
+        for name, matrix in ffn.matrices.items()
+    )
+
+
+def _noisy(matrix: SourceTensor, noise: float, seed: int, name: str) -> Tensor:
+    return add_noise(matrix.load(), noise, tensor_generator(seed, name))
+
+
+def partly_redrawn_expert(ffn: DenseFfn, expert: NewExpert) -> tuple[Part, Part, Part]:
+    """Return a copy of the dense FFN in which `drop_ratio` of the neurons are redrawn.
+
+    One set of neurons serves all three matrices: a neuron is a row of gate and up and a column of down, and it is
+    redrawn as a whole or kept as a whole. The script published with the paper draws a set for each matrix; with a
+    ratio of 0.5 that leaves 0.5³ = 12.5 % of the neurons as they were, where the paper's text says 50 %.
+
+    Source: Drop-Upcycling (arXiv 2502.19261).
+    """
+    recipe, num_dropped = expert.recipe, num_dropped_neurons(expert.recipe, ffn.width)
+    return tuple(
+        Computed(matrix.shape, _redrawn, (matrix, name, num_dropped, recipe.seed, expert.name))
+        for name, matrix in ffn.matrices.items()
+    )
+
+
+def num_dropped_neurons(recipe: ConversionRecipe, width: int) -> int:
+    """Return how many of `width` neurons `drop` redraws in each expert."""
+    return round(recipe.drop_ratio * width)
+
+
+def _redrawn(matrix: SourceTensor, name: str, num_dropped: int, seed: int, expert_name: str) -> Tensor:
+    dim = 1 if name == "down_proj" else 0
+    # The neurons are drawn by the expert's name alone, and so the same for its three matrices.
+    order = torch.randperm(matrix.shape[dim], generator=tensor_generator(seed, f"{expert_name}.neurons"))
+    return redraw(matrix.load(), order[:num_dropped], dim, tensor_generator(seed, f"{expert_name}.{name}"))
+
+
+def slice_of_ffn(ffn: DenseFfn, expert: NewExpert) -> tuple[Part, Part, Part]:
+    """Return slice g of G of the dense FFN, I/G neighbouring neurons, for expert g * C + c.
+
+    A gated FFN is a sum over its neurons, and linear in `down`: FFN(x) = Σ_g slice_g(x). A router that scores all
+    slices of a copy alike gives each of them 1/G of what the copy would weigh, so `down` is multiplied by G, and the
+    mixture equals the dense FFN. (`gate` and `up` have to stay: silu(gate x) is not linear in them.) The slices of a
+    kind come one after the other, the virtual groups of the paper, for selections that take as many of each group.
+
+    Source: Upcycling Large Language Models into Mixture of Experts (arXiv 2410.07524).
+    """
+    granularity = expert.recipe.expert_granularity
+    number = expert.index // (expert.recipe.num_experts // granularity)
+    gate, up = (
+        FileBytes(((matrix, number * (matrix.num_bytes // granularity), matrix.num_bytes // granularity),))
+        for matrix in (ffn.gate, ffn.up)
+    )
+    hidden, width = ffn.down.shape[0], ffn.width // granularity
+    columns = Computed((hidden, width), _columns, (ffn.down, number * width, width))
+    return gate, up, scaled(columns, granularity)
+
+
+def _columns(matrix: SourceTensor, begin: int, width: int) -> Tensor:
+    return matrix.load()[:, begin : begin + width]
+
+
+def random_expert(ffn: DenseFfn, expert: NewExpert) -> tuple[Part, Part, Part]:
+    """Return an expert drawn from N(0, `initializer_range`), as of a model from scratch."""
+    return tuple(
+        Computed(
+            matrix.shape,
+            drawn_tensor,
+            (matrix.shape, expert.initializer_range, expert.recipe.seed, f"{expert.name}.{name}"),
+        )
+        for name, matrix in ffn.matrices.items()
+    )
+
+
+def drawn_tensor(shape: tuple[int, ...], std: float, seed: int, name: str) -> Tensor:
+    """Return a tensor drawn from N(0, std) by the generator of `name`."""
+    return torch.empty(shape).normal_(0.0, std, generator=tensor_generator(seed, name))
+
+
+EXPERTS: dict[str, Initializer] = {
+    "copy": copied_expert,
+    "noise": noisy_expert,
+    "drop": partly_redrawn_expert,
+    "split": slice_of_ffn,
+    "random": random_expert,
+}
+
+
+def expert_width(recipe: ConversionRecipe, dense_width: int) -> int:
+    """Return the width of an expert made of a dense FFN with `dense_width` neurons.
+
+    Raises:
+        SettingsError: if the recipe does not fit that many.
+    """
+    if recipe.experts == "drop" and num_dropped_neurons(recipe, dense_width) == 0:
+        raise SettingsError(
+            f"drop_ratio={recipe.drop_ratio} redraws none of the FFN's {dense_width} neurons; raise it."
+        )
+    if recipe.experts != "split":
+        return dense_width
+    if dense_width % recipe.expert_granularity:
+        raise SettingsError(
+            f"expert_granularity={recipe.expert_granularity} does not divide the FFN's "
+            f"intermediate_size={dense_width}: slices are of one size."
+        )
+    return dense_width // recipe.expert_granularity
+
+
+def fused_experts(
+    ffns: Sequence[DenseFfn], recipe: ConversionRecipe, name: str, initializer_range: float
+) -> dict[str, Content]:
+    """Return the content of a layer's fused expert tensors.
+
+    `gate_up_proj` [E, 2I, H] is each expert's gate and then its up projection, `down_proj` [E, H, I] the down
+    projections. With several dense models the experts come from them in equal shares, in their order.
 
     Args:
-        contents: from a layer's tensors and the number of experts to the content of its fused tensors.
-        preserves_function: how well the MoE computes what its parent does while routing weights sum to one.
+        ffns: the layer's FFN in each dense model.
+        name: the experts' module, e.g. `model.layers.3.mlp.experts`.
+    Source: Branch-Train-MiX (arXiv 2403.07816) for several models.
     """
+    gate_up, down = [], []
+    for index in range(recipe.num_experts):
+        ffn = ffns[index * len(ffns) // recipe.num_experts]
+        expert = NewExpert(index, f"{name}.{index}", recipe, initializer_range)
+        gate_content, up_content, down_content = EXPERTS[recipe.experts](ffn, expert)
+        gate_up.append(paired(gate_content, up_content))
+        down.append(scaled(down_content, output_factors(recipe)[0]))
+    return {"gate_up_proj": joined(*gate_up), "down_proj": joined(*down)}
 
-    contents: Callable[[Mapping[str, SourceTensor], int], dict[str, FileBytes]]
-    preserves_function: Literal["exact", "approximate", "none"]
+
+def output_factors(recipe: ConversionRecipe) -> tuple[float, float]:
+    """Return what the down projections of the routed and of the shared expert are multiplied with.
+
+    So that both together are one dense FFN if each is a copy of it: under a sigmoid gate of zeros the shared expert
+    weighs one half by itself, and with `complement` all weights sum to one. Halving is exact in every type.
+    """
+    if "random" in (recipe.experts, recipe.backbone):
+        return 1.0, 1.0
+    return {"none": (1.0, 1.0), "sigmoid": (0.5, 1.0), "plain": (0.5, 0.5), "complement": (1.0, 1.0)}[
+        recipe.shared_expert
+    ]
 
 
-EXPERTS = {"copy": ExpertInitializer(copy_experts, "exact")}
+def add_noise(weight: Tensor, noise: float, generator: Generator) -> Tensor:
+    """Return `weight` with N(0, std) added, `std` being `noise` times its own standard deviation; in float32."""
+    _, std = mean_and_std(weight)
+    return torch.empty(weight.shape).normal_(0.0, noise * std, generator=generator).add_(weight)
+
+
+def redraw(weight: Tensor, dropped: Tensor, dim: int, generator: Generator) -> Tensor:
+    """Return `weight` with the rows (`dim` 0) or columns (1) `dropped` redrawn.
+
+    They are drawn from N(mean, std) of all the entries that they replace; the others keep their bytes.
+    """
+    mean, std = mean_and_std(replaced := weight.index_select(dim, dropped))
+    drawn = torch.empty(replaced.shape).normal_(mean, std, generator=generator)
+    return weight.index_copy(dim, dropped, drawn.to(weight.dtype))
+
+
+def mean_and_std(matrix: Tensor) -> tuple[float, float]:
+    """Return mean and standard deviation of all entries of `matrix`, the same to the bit on any number of threads."""
+
+    def average(function: Callable[[Tensor], Tensor]) -> float:
+        # A row is summed by one thread in a fixed order, the whole matrix by as many as there are.
+        pieces = (function(piece.double()).sum(dim=1) for piece in matrix.split(ROWS_AT_A_TIME))
+        return math.fsum(total for piece in pieces for total in piece.tolist()) / matrix.numel()
+
+    mean = average(lambda piece: piece)
+    return mean, math.sqrt(average(lambda piece: (piece - mean).square_()))

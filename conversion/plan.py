@@ -13,24 +13,31 @@ from huggingface_hub.errors import StrictDataclassError
 from modeling_upcycled_moe import ROUTERS, Router, UpcycledQwenMoeConfig
 
 from ..common.settings import SettingsError
-from .experts import EXPERTS, FileBytes
+from .backbone import BACKBONES, backbone_method
+from .contents import Computed, Content, num_computed_elements, scaled
+from .experts import DenseFfn, drawn_tensor, expert_width, fused_experts, output_factors
+from .preservation import Preservation, preservation
 from .recipe import ConversionRecipe
 from .routers import ROUTER_INITIALIZERS, RouterInitializer
-from .source import ARCHITECTURES, DTYPES, DenseSource
+from .source import ARCHITECTURES, DTYPES, DenseSource, expected_shapes
+from .sources import open_sources
 
 
 # Buffers, the interpreter and its libraries; measured, see benchmarks/README.md.
 BASE_MEMORY_BYTES = 450 * 1000**2
+# What is computed is there in float32 and in its final type, and so is what it is computed from.
+BYTES_PER_COMPUTED_ELEMENT = 3 * 4
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of the result; `content` is None for what is computed during the conversion."""
+    """A tensor of the result; `content` is None for routers, which the conversion may have to calibrate first."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    content: FileBytes | None
+    content: Content | None
+    is_parameter: bool = True
 
     @property
     def num_bytes(self) -> int:
@@ -56,18 +63,24 @@ class ConversionPlan:
     """What a conversion will write.
 
     Args:
+        sources: the dense models, the one that gives configuration and tokenizer first.
         router: what the routers start from.
         config: configuration of the MoE model.
         calibration_files: the local files with calibration text.
         shards: the weight files.
     """
 
-    source: DenseSource
+    sources: tuple[DenseSource, ...]
     recipe: ConversionRecipe
     router: RouterInitializer
     config: UpcycledQwenMoeConfig
     calibration_files: tuple[Path, ...]
     shards: tuple[Shard, ...]
+
+    @property
+    def source(self) -> DenseSource:
+        """The dense model, the first if there are several."""
+        return self.sources[0]
 
     @property
     def tensors(self) -> list[PlannedTensor]:
@@ -82,14 +95,26 @@ class ConversionPlan:
     @property
     def total_parameters(self) -> int:
         """Parameters of the MoE model; tied embeddings count once."""
-        return sum(math.prod(tensor.shape) for tensor in self.tensors if not self._is_tied_copy(tensor))
+        return sum(
+            math.prod(tensor.shape)
+            for tensor in self.tensors
+            if tensor.is_parameter and not self._is_tied_copy(tensor)
+        )
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that one token meets: all but the experts that it is not sent to."""
-        share = self.config.num_experts_per_tok / self.config.num_experts
-        routed = sum(math.prod(tensor.shape) for tensor in self.tensors if ".mlp.experts." in tensor.name)
-        return self.total_parameters - round(routed * (1 - share))
+        """Parameters that one token meets: all but the experts that it is not sent to.
+
+        At most: if a token takes experts without computation, or fewer experts than it may (`top_p`), it meets less.
+        With `expert_choice` it is the average.
+        """
+        config = self.config
+        idle_share = 1 - min(config.num_experts_per_tok, config.num_experts) / config.num_experts
+        idle = self._num_elements(".mlp.experts.") * idle_share + self._num_elements(".mlp.constant_experts.")
+        return self.total_parameters - round(idle)
+
+    def _num_elements(self, name_part: str) -> int:
+        return sum(math.prod(tensor.shape) for tensor in self.tensors if name_part in tensor.name)
 
     @property
     def flops_per_token(self) -> int:
@@ -108,23 +133,43 @@ class ConversionPlan:
     @property
     def preserves_function(self) -> str:
         """How well the MoE model computes what the dense one does: `exact`, `approximate` or `none`."""
-        return EXPERTS[self.recipe.experts].preserves_function if self.config.norm_topk_prob else "none"
+        return self._preservation.level
+
+    @property
+    def preservation_reason(self) -> str:
+        """Why it does so."""
+        return self._preservation.reason
+
+    @property
+    def _preservation(self) -> Preservation:
+        dtypes = {tensor.dtype for tensor in self.tensors if ".mlp.experts." in tensor.name}
+        return preservation(self.recipe, self.config, dtypes)
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Estimate of the largest resident memory. Copying needs none; calibration holds activations and one layer."""
+        """Estimate of the largest resident memory.
+
+        Copying needs none; computing holds one matrix of one expert, calibration activations and one layer.
+        """
+        computed = max(num_computed_elements(tensor.content) for tensor in self.tensors if tensor.content is not None)
+        return BASE_MEMORY_BYTES + max(computed * BYTES_PER_COMPUTED_ELEMENT, self._calibration_bytes)
+
+    @property
+    def _calibration_bytes(self) -> int:
         if not self.recipe.calibration_data:
-            return BASE_MEMORY_BYTES
+            return 0
         config, recipe = self.config, self.recipe
         batch_tokens = recipe.calibration_batch_size * recipe.calibration_block_size
         embedding = self.source.tensors["model.embed_tokens.weight"]
         itemsize = DTYPES[embedding.dtype].itemsize
         layer_bytes = sum(tensor.num_bytes for tensor in self.source.layer(0).values())
         # Of all tokens: what goes into the next layer, what came into the FFN, and the scores of the experts.
-        kept_bytes = recipe.num_calibrated_tokens * (2 * config.hidden_size * itemsize + 2 * 4 * config.num_experts)
+        kept_bytes = recipe.num_calibrated_tokens * (
+            2 * config.hidden_size * itemsize + 2 * 4 * config.num_routed_experts
+        )
         batch_bytes = batch_tokens * itemsize * (3 * config.intermediate_size + 6 * config.hidden_size)
         read_bytes = min(embedding.num_bytes, recipe.num_calibrated_tokens * config.hidden_size * itemsize)
-        return BASE_MEMORY_BYTES + kept_bytes + batch_bytes + read_bytes + 2 * layer_bytes
+        return kept_bytes + batch_bytes + read_bytes + 2 * layer_bytes
 
     def _is_tied_copy(self, tensor: PlannedTensor) -> bool:
         return tensor.name == "lm_head.weight" and self.config.tie_word_embeddings
@@ -133,6 +178,7 @@ class ConversionPlan:
         """Return the plan for `--json`; with `out`, also the free disk space where it will be written."""
         result = {
             "source": {"name": self.source.name, "revision": self.source.revision},
+            "expert_sources": [{"name": other.name, "revision": other.revision} for other in self.sources[1:]],
             "recipe": self.recipe.to_dict(),
             "total_parameters": self.total_parameters,
             "active_parameters": self.active_parameters,
@@ -140,6 +186,7 @@ class ConversionPlan:
             "num_bytes": self.num_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
             "preserves_function": self.preserves_function,
+            "preservation_reason": self.preservation_reason,
             "routers": [asdict(router) for router in router_plans(self)],
             "shards": [{"file": shard.file_name, "num_bytes": shard.num_bytes} for shard in self.shards],
             "tensors": [
@@ -163,10 +210,11 @@ class RouterPlan:
 
 
 def build_plan(source: DenseSource, recipe: ConversionRecipe) -> ConversionPlan:
-    """Return the plan for converting `source` by `recipe`.
+    """Return the plan for converting `source`, and the further dense models that `recipe` names, by `recipe`.
 
     Raises:
-        SettingsError: if the recipe does not fit the source, or asks for text that it does not name or that is absent.
+        SettingsError: if the recipe does not fit the source, or the dense models do not fit each other, or it asks for
+            text that it does not name or that is absent.
     """
     if recipe.calibration_data and not source.has_tokenizer:
         raise SettingsError(f"{source.name}: has no tokenizer to read calibration_data with; put its files beside it.")
@@ -177,13 +225,14 @@ def build_plan(source: DenseSource, recipe: ConversionRecipe) -> ConversionPlan:
         )
     router = ROUTER_INITIALIZERS[recipe.router](source, recipe)
     config = build_config(source, recipe, router.config_fields())
+    sources = open_sources(source, recipe)
     return ConversionPlan(
-        source,
+        sources,
         recipe,
         router,
         config,
         _calibration_files(recipe),
-        _shards(_planned_tensors(source, recipe, config), recipe),
+        _shards(_planned_tensors(sources, recipe, config), recipe),
     )
 
 
@@ -203,6 +252,11 @@ def build_config(
     names = UpcycledQwenMoeConfig.__dataclass_fields__.keys() - {"transformers_version", "architectures"}
     dense = {name: value for name, value in source.config.to_dict().items() if name in names}
     settings = {name: value for name, value in recipe.to_dict().items() if name in names}
+    if recipe.moe_layers is not None:
+        settings["mlp_only_layers"] = _dense_layers(recipe.moe_layers, source.config.num_hidden_layers)
+    if recipe.shared_expert != "none":
+        settings["shared_expert_intermediate_size"] = source.config.intermediate_size
+        settings["shared_expert_gating"] = recipe.shared_expert
     try:
         return UpcycledQwenMoeConfig(
             **dense
@@ -211,13 +265,24 @@ def build_config(
                 "base_model_type": source.config.model_type,
                 "architectures": [ARCHITECTURES[source.config.architectures[0]]],
                 "head_dim": source.head_dim,
-                "moe_intermediate_size": source.config.intermediate_size,
+                "moe_intermediate_size": expert_width(recipe, source.config.intermediate_size),
                 "router_type": recipe.router,
             }
             | router_fields
         )
     except StrictDataclassError as error:
         raise SettingsError(str(error.__cause__ or error)) from error
+
+
+def _dense_layers(moe_layers: list[int], num_layers: int) -> list[int]:
+    """Return the layers that `moe_layers` leaves dense."""
+    if not moe_layers:
+        raise SettingsError("moe_layers=[] leaves no layer with experts; name at least one, or leave it out for all.")
+    if outside := [layer_idx for layer_idx in moe_layers if not 0 <= layer_idx < num_layers]:
+        raise SettingsError(f"moe_layers names {outside}, but layers run from 0 to {num_layers - 1}.")
+    if twice := sorted({layer_idx for layer_idx in moe_layers if moe_layers.count(layer_idx) > 1}):
+        raise SettingsError(f"moe_layers names {twice} more than once; name each layer once.")
+    return [layer_idx for layer_idx in range(num_layers) if layer_idx not in moe_layers]
 
 
 def router_plans(plan: ConversionPlan) -> list[RouterPlan]:
@@ -250,37 +315,102 @@ def free_disk_bytes(out: Path) -> int:
 
 
 def _planned_tensors(
-    source: DenseSource, recipe: ConversionRecipe, config: UpcycledQwenMoeConfig
+    sources: tuple[DenseSource, ...], recipe: ConversionRecipe, config: UpcycledQwenMoeConfig
 ) -> list[PlannedTensor]:
-    planned = []
-    for tensor in sorted(source.tensors.values(), key=_file_order):
+    source, planned = sources[0], []
+    # A stored copy of tied embeddings has its place only beside what it is a copy of.
+    names = source.tensors if backbone_method(recipe) == "copy" else expected_shapes(source.config)
+    for tensor in sorted((source.tensors[name] for name in names), key=_file_order):
         layer_idx = _layer_of(tensor.name)
         if tensor.name.endswith("rotary_emb.inv_freq"):
             continue
         if layer_idx is not None and ".mlp." in tensor.name and config.is_moe_layer(layer_idx):
             continue
-        planned.append(PlannedTensor(tensor.name, tensor.dtype, tensor.shape, FileBytes.whole(tensor)))
+        planned.append(_backbone_tensor(sources, recipe, tensor.name, tensor.name))
         if layer_idx is not None and tensor.name.endswith("post_attention_layernorm.weight"):
-            planned += _moe_tensors(source, recipe, config, layer_idx)
+            planned += _moe_tensors(sources, recipe, config, layer_idx)
     return planned
 
 
+def _backbone_tensor(
+    sources: tuple[DenseSource, ...], recipe: ConversionRecipe, name: str, dense_name: str, factor: float = 1.0
+) -> PlannedTensor:
+    """Return the tensor `name` that is made of `dense_name` of the dense models."""
+    tensors = tuple(source.tensors[dense_name] for source in sources)
+    content = BACKBONES[backbone_method(recipe)](name, tensors, sources[0].config.initializer_range, recipe.seed)
+    return PlannedTensor(name, tensors[0].dtype, tensors[0].shape, scaled(content, factor))
+
+
 def _moe_tensors(
-    source: DenseSource, recipe: ConversionRecipe, config: UpcycledQwenMoeConfig, layer_idx: int
+    sources: tuple[DenseSource, ...], recipe: ConversionRecipe, config: UpcycledQwenMoeConfig, layer_idx: int
 ) -> list[PlannedTensor]:
     if not config.is_moe_layer(layer_idx):
         return []
-    layer = source.layer(layer_idx)
     prefix = f"model.layers.{layer_idx}.mlp."
+    ffns = [DenseFfn.of_layer(source.layer(layer_idx)) for source in sources]
+    dtype = ffns[0].down.dtype
     experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
     shapes = {"gate_up_proj": (experts, 2 * width, hidden), "down_proj": (experts, hidden, width)}
-    dtype = layer["mlp.down_proj.weight"].dtype
-    contents = EXPERTS[recipe.experts].contents(layer, experts)
+    contents = fused_experts(ffns, recipe, f"{prefix}experts", config.initializer_range)
     return [
-        PlannedTensor(f"{prefix}experts.{name}", dtype, shape, contents[name]) for name, shape in shapes.items()
-    ] + [
+        *(PlannedTensor(f"{prefix}experts.{name}", dtype, shape, contents[name]) for name, shape in shapes.items()),
+        *_constant_experts(recipe, config, prefix, dtype),
+        *_shared_expert(sources, recipe, config, prefix, dtype),
+        *_router_tensors(config, prefix, dtype),
+    ]
+
+
+def _constant_experts(
+    recipe: ConversionRecipe, config: UpcycledQwenMoeConfig, prefix: str, dtype: str
+) -> list[PlannedTensor]:
+    count, hidden = config.num_constant_experts, config.hidden_size
+    shapes = {"vectors": (count, hidden), "weight": (count, 2, hidden)} if count else {}
+    return [
+        PlannedTensor(
+            name, dtype, shape, Computed(shape, drawn_tensor, (shape, config.initializer_range, recipe.seed, name))
+        )
+        for name, shape in ((f"{prefix}constant_experts.{name}", shape) for name, shape in shapes.items())
+    ]
+
+
+def _shared_expert(
+    sources: tuple[DenseSource, ...], recipe: ConversionRecipe, config: UpcycledQwenMoeConfig, prefix: str, dtype: str
+) -> list[PlannedTensor]:
+    """Return the shared expert, which starts as the backbone's dense FFN, and its gate, which starts half open."""
+    if config.shared_expert_intermediate_size == 0:
+        return []
+    _, factor = output_factors(recipe)
+    factors = {"gate_proj": 1.0, "up_proj": 1.0, "down_proj": factor}
+    planned = [
+        _backbone_tensor(
+            sources, recipe, f"{prefix}shared_expert.{name}.weight", f"{prefix}{name}.weight", output_factor
+        )
+        for name, output_factor in factors.items()
+    ]
+    if config.shared_expert_gating == "sigmoid":
+        shape = (1, config.hidden_size)
+        zeros = Computed(shape, torch.zeros, (shape,))
+        planned.append(PlannedTensor(f"{prefix}shared_expert_gate.weight", dtype, shape, zeros))
+    return planned
+
+
+def _router_tensors(config: UpcycledQwenMoeConfig, prefix: str, dtype: str) -> list[PlannedTensor]:
+    router = router_module(config)
+    saved = router.state_dict()
+    # Biases that balance the loads are no parameters; they start at zero, and stay in float32.
+    return [
         PlannedTensor(f"{prefix}gate.{name}", dtype, tuple(parameter.shape), None)
-        for name, parameter in router_module(config).named_parameters()
+        for name, parameter in router.named_parameters()
+    ] + [
+        PlannedTensor(
+            f"{prefix}gate.{name}",
+            "F32",
+            tuple(buffer.shape),
+            Computed(tuple(buffer.shape), torch.zeros, (tuple(buffer.shape),)),
+            is_parameter=False,
+        )
+        for name, buffer in router.named_buffers()
+        if name in saved
     ]
 
 

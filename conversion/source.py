@@ -83,6 +83,7 @@ class DenseSource:
         revision: commit of the Hub repository, if it came from there.
         config: the dense model's configuration.
         tensors: every tensor by name, in the order of the files.
+        has_weights: whether the files of the weights are there, or only their headers were read.
     """
 
     name: str
@@ -90,6 +91,7 @@ class DenseSource:
     revision: str | None
     config: Any
     tensors: dict[str, SourceTensor] = field(repr=False)
+    has_weights: bool = True
 
     @property
     def head_dim(self) -> int:
@@ -137,7 +139,9 @@ def open_source(model: str, revision: str | None = None, *, weights: bool = True
     repository = None if weights or commit is None else _Repository(model, commit)
     tensors = _read_headers(folder, repository)
     _check_tensors(model, config, tensors)
-    return DenseSource(name=model, folder=folder, revision=commit, config=config, tensors=tensors)
+    return DenseSource(
+        name=model, folder=folder, revision=commit, config=config, tensors=tensors, has_weights=repository is None
+    )
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,16 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..common.settings import SettingsError
-from .experts import FileBytes
+from .contents import Content as PlannedContent
+from .contents import FileBytes
 from .numbers import format_bytes
 from .plan import ConversionPlan, PlannedTensor, Shard
 from .source import DTYPES
@@ -30,8 +33,8 @@ LOCK_FILE = "upcycled-moe.lock"
 # Either marks a folder as a checkpoint, which `--overwrite` may replace.
 CHECKPOINT_FILES = ("config.json", "upcycling.json")
 
-# Bytes of the source, or a tensor, or what makes the tensor when it is written.
-Content = FileBytes | Tensor | Callable[[], Tensor]
+# What a plan may hold, or a tensor, or what makes the tensor when it is written.
+Content = PlannedContent | Tensor | Callable[[], Tensor]
 Progress = Callable[[int], None]
 
 
@@ -48,9 +51,10 @@ def check_output(plan: ConversionPlan, out: Path, overwrite: bool) -> None:
     target = out.resolve()
     if target.is_file():
         raise OutputError(f"{out}: is a file; give a folder that does not exist yet.")
-    if target == plan.source.folder.resolve():
+    folders = [source.folder for source in plan.sources]
+    if target in (folder.resolve() for folder in folders):
         raise OutputError(f"{out}: is the dense model itself; give another folder.")
-    check_kept(out, (plan.source.folder, *plan.calibration_files, Path.cwd()))
+    check_kept(out, (*folders, *plan.calibration_files, Path.cwd()))
     _check_replaceable(out, overwrite)
     # The output comes to be beside its final place, so its parent must be writable, or whatever there is of it.
     parent = target.parent
@@ -271,14 +275,37 @@ def _header(tensors: list[PlannedTensor]) -> bytes:
 
 def _write_content(out_fd: int, position: int, tensor: PlannedTensor, content: Content, progress: Progress) -> int:
     """Write `content` at `position` of a file and return its bytes."""
-    if not isinstance(content, FileBytes | Tensor):
-        content = content()
-    if isinstance(content, Tensor):
-        assert tuple(content.shape) == tensor.shape, f"{tensor.name}: {tuple(content.shape)}, planned {tensor.shape}"
-        flat = content.to(DTYPES[tensor.dtype]).contiguous().view(-1).view(torch.uint8)
-        _write_at(out_fd, memoryview(flat.numpy()), position)
+    if not isinstance(content, tuple):
+        return _write_part(out_fd, position, tensor, content, progress)
+    end = position
+    # Equal parts in a row are computed once. One part is in memory at a time.
+    for part, copies in groupby(content):
+        end += _write_part(out_fd, end, tensor, part, progress, repeats=sum(1 for _ in copies))
+    return end - position
+
+
+def _write_part(
+    out_fd: int,
+    position: int,
+    tensor: PlannedTensor,
+    content: FileBytes | Tensor | Callable[[], Tensor],
+    progress: Progress,
+    repeats: int | None = None,
+) -> int:
+    """Write a part of `tensor` `repeats` times and return its bytes; without `repeats` it is the whole tensor."""
+    if isinstance(content, FileBytes):
+        content = replace(content, repeats=content.repeats * (repeats or 1))
+        return _write_file_bytes(out_fd, position, content, progress)
+    value = content if isinstance(content, Tensor) else content()
+    assert repeats or tuple(value.shape) == tensor.shape, f"{tensor.name}: {tuple(value.shape)}, not {tensor.shape}"
+    flat = value.to(DTYPES[tensor.dtype]).contiguous().view(-1).view(torch.uint8)
+    for repeat in range(repeats or 1):
+        _write_at(out_fd, memoryview(flat.numpy()), position + repeat * flat.numel())
         progress(flat.numel())
-        return flat.numel()
+    return flat.numel() * (repeats or 1)
+
+
+def _write_file_bytes(out_fd: int, position: int, content: FileBytes, progress: Progress) -> int:
     num_bytes = sum(span_bytes for _, _, span_bytes in content.spans)
     for source, begin, span_bytes in content.spans:
         with source.path.open("rb") as file:
