@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..common.settings import SettingsError
 from .plan import print_plan
-from .recipe_options import add_recipe_options, recipe_from
+from .recipe_options import add_places, add_recipe_options, find_recipe, open_model, recipe_from
 from .verify import print_verification
 
 
@@ -18,12 +19,16 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the command to `commands`."""
     parser = commands.add_parser(
         "convert",
-        usage="%(prog)s DENSE OUT [options]",
+        usage="%(prog)s [DENSE] OUT [options]",
         help="convert a dense checkpoint",
-        description="Convert a dense Qwen checkpoint into a Mixture-of-Experts one.",
+        description="Convert a dense Qwen checkpoint into a Mixture-of-Experts one. A single argument is OUT: then "
+        "the recipe or --model names the dense checkpoint. Of two, DENSE wins over the recipe's model.",
     )
-    parser.add_argument("dense", metavar="DENSE", help="dense Qwen checkpoint: folder or Hub id")
-    parser.add_argument("out", metavar="OUT", help="folder to write; it appears only when all is written")
+    add_places(
+        parser,
+        "dense Qwen checkpoint: folder or Hub id; may be left out if the recipe names one",
+        "folder to write; it appears only when all is written",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
     parser.add_argument("--verify", action="store_true", help="then compare the result with the dense model")
@@ -34,19 +39,22 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
-    recipe = recipe_from(options)
-    out = Path(options.out)
+    if not options.places:
+        options.parser.error("OUT is missing; give DENSE OUT, or OUT and a recipe that names the dense checkpoint.")
+    *dense, out = options.places
+    recipe, out = recipe_from(options, *dense or [None]), Path(out)
 
     from ..conversion.convert import convert
     from ..conversion.plan import build_plan
-    from ..conversion.source import open_source
     from ..conversion.writer import check_kept, check_output
     from .console import ConsoleProgress, quiet_libraries
 
     if options.recipe:
-        check_kept(out, [Path(options.recipe)])
+        check_kept(out, [find_recipe(options.recipe)])
+    if not dense:
+        _check_not_dense(out)
     quiet_libraries()
-    source = open_source(options.dense, recipe.revision, weights=not options.dry_run)
+    source, recipe = open_model(recipe, weights=not options.dry_run)
     if options.dry_run:
         plan = build_plan(source, recipe)
         check_output(plan, out, options.overwrite)
@@ -68,6 +76,15 @@ def run(options: argparse.Namespace) -> int:
         if verification is not None:
             print_verification(verification)
     return 0 if verification is None or verification.equal else 3
+
+
+def _check_not_dense(out: Path) -> None:
+    """Check that `out`, given alone, is not a checkpoint that was meant as DENSE: it would be replaced."""
+    if (out / "config.json").exists() and not (out / "upcycling.json").exists():
+        raise SettingsError(
+            f"{out}: holds a checkpoint that was not converted, and a single argument is OUT; give another folder, or "
+            "DENSE and OUT."
+        )
 
 
 def print_result(result: "ConversionResult") -> None:

@@ -21,6 +21,7 @@ EPILOG = """\
 examples:
   upcycled-moe plan Qwen/Qwen2.5-0.5B --num-experts 8 --router linear
   upcycled-moe convert Qwen/Qwen2.5-0.5B ./moe --num-experts 8 --num-experts-per-tok 2 --calibration-data text.parquet
+  upcycled-moe convert ./moe --recipe router_upcycling_8x0.5b
   upcycled-moe verify Qwen/Qwen2.5-0.5B ./moe
 """
 
@@ -62,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
-    if unknown:
-        _refuse(options.parser, unknown[0])
+    _settle_places(options, unknown)
     signal.signal(signal.SIGTERM, _terminate)
     return _run(options)
 
@@ -109,6 +109,19 @@ def _abandon_unprinted() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _settle_places(options: argparse.Namespace, left_over: list[str]) -> None:
+    """Put DENSE and OUT into `options.places`, for a command that has it, and refuse what else is left over.
+
+    argparse looks for optional places only once, before the first option; later ones are left over.
+    """
+    flags = [argument for argument in left_over if argument.startswith("-")]
+    if hasattr(options, "places"):
+        places = [place for place in (options.dense, options.out, *left_over) if place is not None]
+        options.places, left_over = places[:2], places[2:]
+    if flags or left_over:
+        _refuse(options.parser, (flags or left_over)[0])
 
 
 def _terminate(signal_number: int, frame: object) -> None:

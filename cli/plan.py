@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .recipe_options import add_recipe_options, recipe_from
+from .recipe_options import add_places, add_recipe_options, open_model, recipe_from
 
 
 if TYPE_CHECKING:
@@ -17,12 +17,16 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the command to `commands`."""
     parser = commands.add_parser(
         "plan",
-        usage="%(prog)s DENSE [OUT] [options]",
+        usage="%(prog)s [DENSE [OUT]] [options]",
         help="show what a conversion would write",
-        description="Show every tensor, file and byte that a conversion would write, and write nothing.",
+        description="Show every tensor, file and byte that a conversion would write, and write nothing. A single "
+        "argument is DENSE; it wins over the recipe's model.",
     )
-    parser.add_argument("dense", metavar="DENSE", help="dense Qwen checkpoint: folder or Hub id")
-    parser.add_argument("out", metavar="OUT", nargs="?", default=".", help="folder to check the free disk of")
+    add_places(
+        parser,
+        "dense Qwen checkpoint: folder or Hub id; may be left out if the recipe names one",
+        "folder to check the free disk of (default: .)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_recipe_options(parser)
     return parser
@@ -30,15 +34,15 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
-    recipe = recipe_from(options)
+    dense, out = [*options.places, *(None, ".")[len(options.places) :]]
+    recipe = recipe_from(options, dense)
 
     from ..conversion.plan import build_plan
-    from ..conversion.source import open_source
     from .console import quiet_libraries
 
     quiet_libraries()
-    source = open_source(options.dense, recipe.revision, weights=False)
-    print_plan(build_plan(source, recipe), Path(options.out), options.json)
+    source, recipe = open_model(recipe, weights=False)
+    print_plan(build_plan(source, recipe), Path(out), options.json)
     return 0
 
 

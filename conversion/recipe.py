@@ -269,6 +269,8 @@ def build_recipe(*layers: tuple[str, Mapping[str, Any]]) -> ConversionRecipe:
     merged: dict[str, Any] = {}
     for where, settings in layers:
         check_keys(settings, names, where)
+        if "model" in settings:
+            merged.pop("revision", None)  # it was of the model that this one replaces
         merged |= settings
     return ConversionRecipe(**merged)
 

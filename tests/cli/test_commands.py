@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from dense_checkpoints import folder_hashes
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
@@ -108,6 +109,81 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(upcycled_moe, de
     assert settings["num_experts"] == 4
     assert (settings["router"], settings["router_aux_loss_coef"], settings["seed"]) == ("linear", 0.01, 3)
     assert settings["num_experts_per_tok"] == 2
+
+
+@pytest.fixture
+def linear_recipe(tmp_path):
+    """`linear_recipe(model=…)`: a recipe file that needs no text."""
+
+    def write(**settings):
+        path = tmp_path / "linear.yaml"
+        path.write_text(yaml.safe_dump({"router": "linear", "num_experts": 4, **settings}), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("DENSE", "OUT", "--recipe", "RECIPE"),
+        ("DENSE", "--recipe", "RECIPE", "OUT"),
+        ("--recipe", "RECIPE", "DENSE", "OUT"),
+        ("DENSE", "--seed", "0", "OUT", "--recipe", "RECIPE"),
+        ("OUT", "--model", "DENSE", "--recipe", "RECIPE"),
+        ("--model", "DENSE", "--recipe", "RECIPE", "OUT"),
+    ],
+    ids=" ".join,
+)
+def test_model_and_output_come_in_any_order(upcycled_moe, dense, linear_recipe, tmp_path, arguments):
+    """What the command line names wins over the recipe, whose revision goes with its model."""
+    given = {"DENSE": dense, "OUT": tmp_path / "out", "RECIPE": linear_recipe(model="org/other", revision="v1")}
+    status, out, err = upcycled_moe("convert", *(given.get(name, name) for name in arguments), "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["source"]["name"] == str(dense)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_recipe_may_name_the_model(upcycled_moe, dense, linear_recipe, tmp_path, is_first):
+    recipe, out = ["--recipe", linear_recipe(model=str(dense))], tmp_path / "out"
+    assert json.loads(upcycled_moe("plan", *recipe, "--json")[1])["source"]["name"] == str(dense)
+    assert upcycled_moe("convert", *([out, *recipe] if is_first else [*recipe, out]))[0] == 0
+    provenance = json.loads((out / "upcycling.json").read_text(encoding="utf-8"))
+    # What is recorded is enough to do it again.
+    assert provenance["recipe"]["model"] == str(dense)
+    (tmp_path / "recorded.json").write_text(json.dumps(provenance["recipe"]), encoding="utf-8")
+    assert upcycled_moe("convert", tmp_path / "again", "--recipe", tmp_path / "recorded.json")[0] == 0
+    assert folder_hashes(tmp_path / "again") == folder_hashes(out)
+
+
+def test_for_a_plan_one_argument_is_the_model(upcycled_moe, dense, linear_recipe):
+    status, out, _ = upcycled_moe("plan", dense, "--recipe", linear_recipe(model="org/other"), "--json")
+    assert status == 0
+    assert json.loads(out)["source"]["name"] == str(dense)
+
+
+def test_an_output_alone_is_no_dense_checkpoint(upcycled_moe, dense, linear_recipe, tmp_path):
+    """Whoever meant DENSE and forgot OUT keeps the checkpoint."""
+    mistaken = shutil.copytree(dense, tmp_path / "dense")
+    status, out, err = upcycled_moe("convert", mistaken, "--recipe", linear_recipe(model=str(dense)), "--overwrite")
+    assert (status, out) == (2, "")
+    assert "a single argument is OUT; give another folder, or DENSE and OUT." in err
+    assert folder_hashes(mistaken) == folder_hashes(dense)
+
+
+def test_a_recipe_of_the_package_goes_by_its_name(upcycled_moe, dense, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["plan", dense, "--recipe", "vanilla_upcycling_16x0.5b", "--json"]
+    status, out, err = upcycled_moe(*arguments)
+    assert (status, err) == (0, "")
+    assert json.loads(out)["recipe"]["num_experts"] == 16
+    # A folder of that name, such as its output, does not hide it; a file does.
+    Path("vanilla_upcycling_16x0.5b").mkdir()
+    assert json.loads(upcycled_moe(*arguments)[1])["recipe"]["num_experts"] == 16
+    Path("vanilla_upcycling_16x0.5b").rmdir()
+    Path("vanilla_upcycling_16x0.5b").write_text("router: linear", encoding="utf-8")
+    assert json.loads(upcycled_moe(*arguments)[1])["recipe"]["num_experts"] == 8
 
 
 @pytest.mark.parametrize(

@@ -8,24 +8,51 @@ import sys
 import pytest
 
 from upcycled_moe.cli.main import build_parser
+from upcycled_moe.cli.recipe_options import SECTIONS
 from upcycled_moe.conversion.recipe import ConversionRecipe
 
 
 RECIPE_OPTIONS = [
     "--recipe",
+    "--model",
+    "--revision",
     "--num-experts",
     "--num-experts-per-tok",
-    "--experts",
     "--decoder-sparse-step",
     "--mlp-only-layers",
+    "--moe-layers",
+    "--experts",
+    "--expert-noise",
+    "--drop-ratio",
+    "--expert-granularity",
+    "--expert-sources",
+    "--backbone",
+    "--shared-expert",
+    "--num-zero-experts",
+    "--num-copy-experts",
+    "--num-constant-experts",
     "--router",
     "--num-routers",
     "--heads-per-router",
+    "--head-grouping",
     "--router-pooling",
     "--key-statistic",
     "--router-logit-std",
+    "--norm-topk-prob",
+    "--no-norm-topk-prob",
+    "--router-score-function",
+    "--router-selection",
+    "--num-expert-groups",
+    "--router-top-p",
+    "--use-router-bias",
+    "--no-use-router-bias",
+    "--router-bias-update-rate",
+    "--router-jitter-noise",
     "--router-aux-loss-coef",
     "--router-z-loss-coef",
+    "--router-entropy-loss-coef",
+    "--router-locality-loss-coef",
+    "--expert-nodes",
     "--calibration-data",
     "--calibration-split",
     "--calibration-text-column",
@@ -38,13 +65,12 @@ RECIPE_OPTIONS = [
 
 # What scripts rely on. A change here is a change for everyone who has one.
 COMMANDS = {
-    "plan": ["DENSE", "OUT", "-h", "--help", "--revision", "--json", *RECIPE_OPTIONS],
+    "plan": ["DENSE", "OUT", "-h", "--help", "--json", *RECIPE_OPTIONS],
     "convert": [
         "DENSE",
         "OUT",
         "-h",
         "--help",
-        "--revision",
         "--overwrite",
         "--dry-run",
         "--verify",
@@ -84,8 +110,24 @@ def test_the_options_are_frozen(command):
 
 
 def test_every_setting_of_a_recipe_is_an_option():
-    options = ["--" + setting.name.replace("_", "-") for setting in dataclasses.fields(ConversionRecipe)]
-    assert ["--recipe", *options] == RECIPE_OPTIONS
+    names = [setting.name.replace("_", "-") for setting in dataclasses.fields(ConversionRecipe)]
+    negations = [name for name in RECIPE_OPTIONS if name.startswith("--no-")]
+    assert ["--recipe", *(f"--{name}" for name in names)] == [name for name in RECIPE_OPTIONS if name not in negations]
+    assert negations == [
+        "--no-" + setting.name.replace("_", "-")
+        for setting in dataclasses.fields(ConversionRecipe)
+        if setting.type is bool
+    ]
+
+
+def test_the_options_come_in_sections():
+    """Each section begins with a setting that there is, so that none is lost when a setting is renamed."""
+    names = [setting.name for setting in dataclasses.fields(ConversionRecipe)]
+    assert [name for name in names if name in SECTIONS] == list(SECTIONS)
+    assert names[0] in SECTIONS
+    groups = {group.title: group for group in subparsers()["convert"]._action_groups}
+    for title in SECTIONS.values():
+        assert groups[title]._group_actions, title
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -130,8 +172,29 @@ def test_what_needs_no_model_imports_no_torch(arguments):
     ("arguments", "message"),
     [
         (["plna"], "invalid choice: 'plna'"),
-        (["plan"], "the following arguments are required: DENSE"),
-        (["convert", "dense"], "the following arguments are required: OUT"),
+        (
+            ["plan"],
+            "the dense checkpoint is missing: there is no recipe that names one; give DENSE before OUT, or --model.",
+        ),
+        (["convert"], "OUT is missing; give DENSE OUT, or OUT and a recipe that names the dense checkpoint."),
+        (
+            ["convert", "out"],
+            "the dense checkpoint is missing: there is no recipe that names one; give DENSE before OUT, or --model.",
+        ),
+        (
+            ["convert", "dense", "out", "--model", "other"],
+            "DENSE=dense and --model=other both name the dense model",
+        ),
+        (["convert", "dense", "out", "third"], "unknown argument third; see `upcycled-moe convert --help`."),
+        (["plan", "--seed", "1", "dense", "out", "third"], "unknown argument third"),
+        (["plan", "dense", "--qqq", "4"], "unknown argument --qqq"),
+        (["verify", "dense", "moe", "third"], "unknown argument third; see `upcycled-moe verify --help`."),
+        (
+            ["plan", "dense", "--recipe", "router_upcyling_8x0.5b"],
+            "no recipe of that name comes with the package; did you mean router_upcycling_8x0.5b or",
+        ),
+        (["plan", "dense", "--recipe", "q.yaml"], "--recipe q.yaml: no such file, and no recipe of that name"),
+        (["plan", "dense", "--recipe", "qqqqq"], "packaged recipes: attended_keys_8x0.5b, branch_train_mix, "),
         (["plan", "dense", "--num-expert", "4"], "unknown argument --num-expert; did you mean --num-experts?"),
         (["plan", "dense", "--num_experts=4"], "unknown argument --num_experts; did you mean --num-experts?"),
         (["plan", "dense", "--qqq"], "unknown argument --qqq; see `upcycled-moe plan --help`."),
