@@ -194,12 +194,16 @@ class UpcycledQwenMoePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(Router, index=0),
         "hidden_states": UpcycledQwenMoeDecoderLayer,
         "attentions": [OutputRecorder(attention, index=1) for attention in ATTENTION_CLASSES.values()],
     }
+
+    def __init__(self, config: UpcycledQwenMoeConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if config.use_router_bias:
+            self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from modeling_upcycled_moe import UpcycledQwenMoeConfig, routing_probabilities
 from upcycled_moe.common import routing
 from upcycled_moe.common.routing import RouterStatistics, router_metrics
 
@@ -18,6 +19,7 @@ def router_logits():
 
 
 def _naive(router_logits, top_k, weights=None):
+    """Figures of softmax routing to the `top_k` best."""
     counts, entropies, variances = [0] * router_logits.shape[1], [], []
     for token, logits in enumerate(router_logits.double().tolist()):
         if weights is not None and not weights[token]:
@@ -35,8 +37,21 @@ def _naive(router_logits, top_k, weights=None):
         "load_entropy": -sum(share * math.log(share) for share in load if share),
         "max_violation": max(load) / (sum(load) / len(load)) - 1,
         "dead_experts": counts.count(0),
+        "experts_per_token": sum(counts) / len(entropies),
         "logit_std": math.sqrt(sum(variances) / len(variances)),
     }
+
+
+def _config(top_k=TOP_K, **fields):
+    return UpcycledQwenMoeConfig(router_type="linear", num_experts=NUM_EXPERTS, num_experts_per_tok=top_k, **fields)
+
+
+def _selected(router_logits, top_k=TOP_K):
+    return router_logits.topk(top_k).indices
+
+
+def _metrics(router_logits, top_k=TOP_K, weights=None):
+    return router_metrics(router_logits, _selected(router_logits, top_k), _config(top_k), weights)
 
 
 def _assert_equal(metrics, expected):
@@ -46,33 +61,55 @@ def _assert_equal(metrics, expected):
 
 
 def test_metrics_equal_the_naive_count(router_logits):
-    _assert_equal(router_metrics(router_logits, TOP_K), _naive(router_logits, TOP_K))
+    _assert_equal(_metrics(router_logits), _naive(router_logits, TOP_K))
 
 
 def test_padding_does_not_count(router_logits):
     weights = (torch.arange(NUM_TOKENS) % 3 != 0).float()
 
-    _assert_equal(router_metrics(router_logits, TOP_K, weights), _naive(router_logits, TOP_K, weights))
+    _assert_equal(_metrics(router_logits, TOP_K, weights), _naive(router_logits, TOP_K, weights))
 
 
 def test_balanced_and_collapsed_routing():
-    balanced = router_metrics(torch.eye(4), 1)
+    balanced = _metrics(torch.eye(4), 1)
     assert balanced["load"] == [0.25] * 4
     assert balanced["max_violation"] == pytest.approx(0)
     assert balanced["load_entropy"] == pytest.approx(math.log(4))
 
-    collapsed = router_metrics(torch.tensor([[1e4, 0.0, 0.0, 0.0]] * 3), 1)
+    collapsed = _metrics(torch.tensor([[1e4, 0.0, 0.0, 0.0]] * 3), 1)
     assert collapsed["dead_experts"] == 3
     assert collapsed["max_violation"] == pytest.approx(3)
     assert collapsed["entropy"] == pytest.approx(0)
     assert collapsed["load_entropy"] == pytest.approx(0)
 
 
+def test_empty_slots_select_nobody(router_logits):
+    selected = _selected(router_logits)
+    selected[:7, 1] = NUM_EXPERTS
+
+    metrics = router_metrics(router_logits, selected, _config())
+
+    assert metrics["experts_per_token"] == pytest.approx((2 * NUM_TOKENS - 7) / NUM_TOKENS)
+    assert sum(metrics["load"]) == pytest.approx(1)
+
+
+def test_entropy_of_sigmoid_scores_is_that_of_their_shares(router_logits):
+    metrics = router_metrics(router_logits, _selected(router_logits), _config(router_score_function="sigmoid"))
+
+    shares = [[1 / (1 + math.exp(-x)) for x in row] for row in router_logits.tolist()]
+    shares = [[share / sum(row) for share in row] for row in shares]
+    expected = sum(-share * math.log(share) for row in shares for share in row) / NUM_TOKENS
+    assert metrics["entropy"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_batches_and_processes_add_up(router_logits):
     first, second = (RouterStatistics(2, NUM_EXPERTS) for _ in range(2))
-    first.update([router_logits[:10], router_logits[20:]], TOP_K)
-    first.update([router_logits[10:15], router_logits[:1]], TOP_K)
-    second.update([router_logits[15:], router_logits[1:20]], TOP_K)
+    for statistics, batches in (
+        (first, [(router_logits[:10], router_logits[20:]), (router_logits[10:15], router_logits[:1])]),
+        (second, [(router_logits[15:], router_logits[1:20])]),
+    ):
+        for batch in batches:
+            statistics.update(batch, [_selected(layer) for layer in batch], _config())
 
     for metrics in first.unflatten(first.flatten() + second.flatten()).metrics():
         _assert_equal(metrics, _naive(router_logits, TOP_K))
@@ -82,19 +119,18 @@ def test_batches_and_processes_add_up(router_logits):
 def test_a_large_batch_is_counted_in_small_parts(monkeypatch, router_logits, weights):
     monkeypatch.setattr(routing, "CHUNK_TOKENS", 8)
     sizes = []
-    log_softmax = routing.F.log_softmax
 
-    def measured_log_softmax(logits, dim):
+    def measured_probabilities(logits, config):
         sizes.append(len(logits))
-        return log_softmax(logits, dim)
+        return routing_probabilities(logits, config)
 
-    monkeypatch.setattr(routing.F, "log_softmax", measured_log_softmax)
-    _assert_equal(router_metrics(router_logits, TOP_K, weights), _naive(router_logits, TOP_K, weights))
+    monkeypatch.setattr(routing, "routing_probabilities", measured_probabilities)
+    _assert_equal(_metrics(router_logits, TOP_K, weights), _naive(router_logits, TOP_K, weights))
     assert sizes == [8, 8, 8, 8, 5]
 
 
 def test_statistics_hold_no_graph(router_logits):
     statistics = RouterStatistics(1, NUM_EXPERTS)
-    statistics.update([router_logits.requires_grad_()], TOP_K)
+    statistics.update([router_logits.requires_grad_()], [_selected(router_logits)], _config())
 
     assert not statistics.flatten().requires_grad

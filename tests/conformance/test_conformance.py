@@ -151,3 +151,29 @@ class SlidingLinearTest(ConformanceTests, unittest.TestCase):
     """A linear router, sliding windows in the upper layer."""
 
     config_fields = {"router_type": "linear", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+
+
+class BiasedSigmoidTest(ConformanceTests, unittest.TestCase):
+    """Sigmoid scores with a selection bias, groups, a plain shared expert."""
+
+    config_fields = {
+        "router_type": "mlp",
+        "router_score_function": "sigmoid",
+        "use_router_bias": True,
+        "router_selection": "grouped_top_k",
+        "num_expert_groups": 2,
+        "shared_expert_intermediate_size": 16,
+        "shared_expert_gating": "plain",
+    }
+
+
+class EmptySlotsTest(ConformanceTests, unittest.TestCase):
+    """A changing number of experts, some of them without computation."""
+
+    config_fields = {
+        "num_copy_experts": 1,
+        "num_constant_experts": 1,
+        "router_selection": "top_p",
+        "router_top_p": 0.5,
+        "num_experts_per_tok": 3,
+    }

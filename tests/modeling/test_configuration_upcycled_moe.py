@@ -50,6 +50,35 @@ IMPOSSIBLE = [
     ({"router_jitter_noise": -0.1}, "router_jitter_noise=-0.1 is outside"),
     ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef=-0.1 is outside"),
     ({"router_z_loss_coef": float("nan")}, "router_z_loss_coef=nan is outside"),
+    ({"num_zero_experts": -1}, "num_zero_experts=-1 is negative"),
+    ({"num_copy_experts": 1, "num_experts_per_tok": 10}, "num_experts_per_tok=10 exceeds num_experts=9"),
+    ({"num_copy_experts": 1, "num_router_keys": 8}, "num_router_keys=8 is not a multiple of num_experts=9"),
+    ({"router_type": "grouped_average", "num_experts": 7}, "num_experts=7 does not divide hidden_size=64"),
+    ({"router_selection": "best"}, "'router_selection' expected one of .*got best"),
+    ({"num_expert_groups": 2}, "router_selection='top_k' does not use num_expert_groups"),
+    ({"router_selection": "grouped_top_k"}, "router_selection='grouped_top_k' needs num_expert_groups"),
+    ({"router_selection": "grouped_top_k", "num_expert_groups": 0}, "needs num_expert_groups, at least 1"),
+    ({"router_selection": "grouped_top_k", "num_expert_groups": 3}, "num_experts=8 is not a multiple of num_expert"),
+    ({"router_selection": "prototype_top_k", "num_expert_groups": 4}, "num_experts_per_tok=2 is not a multiple"),
+    ({"router_selection": "top_p"}, r"router_selection='top_p' needs router_top_p in \(0, 1\], not None"),
+    ({"router_selection": "top_p", "router_top_p": 1.5}, r"needs router_top_p in \(0, 1\], not 1.5"),
+    ({"router_top_p": 0.5}, "router_selection='top_k' does not use router_top_p"),
+    (
+        {"router_selection": "top_p", "router_top_p": 0.5, "router_score_function": "sigmoid"},
+        "use router_score_function='softmax'",
+    ),
+    ({"router_selection": "expert_choice", "use_router_bias": True}, "use_router_bias=True has no meaning"),
+    ({"router_selection": "expert_choice", "num_zero_experts": 1}, "num_zero_experts, .* do not go with"),
+    ({"router_bias_update_rate": -1.0}, "router_bias_update_rate=-1.0 is outside"),
+    ({"shared_expert_gating": "plain"}, "shared_expert_gating='plain' has no meaning without a shared expert"),
+    (
+        {"shared_expert_gating": "complement", "shared_expert_intermediate_size": 8, "norm_topk_prob": False},
+        "shared_expert_gating='complement' settles all weights itself; it needs norm_topk_prob=True",
+    ),
+    ({"router_entropy_loss_coef": -0.1}, "router_entropy_loss_coef=-0.1 is outside"),
+    ({"router_locality_loss_coef": 0.1}, "router_locality_loss_coef needs expert_nodes"),
+    ({"expert_nodes": [0, 1]}, r"expert_nodes=\[0, 1\] must name a node, from 0, for each of the 8 experts"),
+    ({"expert_nodes": [-1] * 8}, "must name a node, from 0"),
 ]
 
 POSSIBLE = {
@@ -60,6 +89,11 @@ POSSIBLE = {
     "some dense layers": {"decoder_sparse_step": 2, "mlp_only_layers": [1]},
     "sliding": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
     "qwen3": {"base_model_type": "qwen3", "head_dim": 32},
+    "deepseek": {"router_score_function": "sigmoid", "use_router_bias": True, "router_bias_update_rate": 0.01},
+    "groups": {"router_selection": "grouped_top_k", "num_expert_groups": 2},
+    "top p": {"router_selection": "top_p", "router_top_p": 0.4, "router_entropy_loss_coef": 0.01},
+    "without computation": {"num_zero_experts": 1, "num_constant_experts": 2},
+    "nodes": {"router_locality_loss_coef": 0.1, "expert_nodes": [0, 0, 0, 0, 1, 1, 1, 1]},
 }
 
 

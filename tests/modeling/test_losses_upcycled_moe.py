@@ -1,8 +1,17 @@
+import math
+
 import naive_reference
 import pytest
 import torch
 
-from modeling_upcycled_moe import load_balancing_losses, router_z_losses
+from modeling_upcycled_moe import UpcycledQwenMoeConfig, routing_probabilities
+from modeling_upcycled_moe.losses_upcycled_moe import (
+    load_balancing_losses,
+    locality_losses,
+    router_entropy_losses,
+    router_losses,
+)
+from modeling_upcycled_moe.selection_upcycled_moe import SELECTIONS, routing_scores
 
 
 LEFT_PADDED = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
@@ -17,28 +26,85 @@ def collapsed_onto(experts: list[int], num_tokens: int = 10, num_experts: int = 
     return logits
 
 
+def config_of(num_experts: int = 4, **fields) -> UpcycledQwenMoeConfig:
+    return UpcycledQwenMoeConfig(router_type="linear", num_experts=num_experts, **fields)
+
+
+def losses_of(router_logits: tuple[torch.Tensor, ...], config, attention_mask=None) -> dict[str, torch.Tensor]:
+    """Return the losses of routers that select what `config` says of `router_logits`."""
+    selected = tuple(
+        SELECTIONS[config.router_selection](routing_scores(logits, config), config) for logits in router_logits
+    )
+    return router_losses(config, router_logits, selected, attention_mask)
+
+
+SELECTED = {
+    "top k": {},
+    "sigmoid": {"router_score_function": "sigmoid"},
+    "prototypes": {"router_selection": "prototype_top_k", "num_expert_groups": 2},
+    "top p": {"router_selection": "top_p", "router_top_p": 0.6, "num_experts_per_tok": 4},
+}
+
+
+@pytest.mark.parametrize("fields", SELECTED.values(), ids=SELECTED)
 @pytest.mark.parametrize("attention_mask", MASKS.values(), ids=MASKS)
-def test_each_layer_s_losses_equal_the_formulas_gradients_included(attention_mask):
-    router_logits = tuple(torch.randn(12, 5, requires_grad=True) for _ in range(3))
+def test_each_layer_s_losses_equal_the_formulas_gradients_included(attention_mask, fields):
+    config = config_of(6, **fields)
+    router_logits = tuple(torch.randn(12, 6, requires_grad=True) for _ in range(3))
     is_token = [True] * 12 if attention_mask is None else attention_mask.flatten().bool().tolist()
     layer_weights = torch.tensor([1.0, -2.0, 0.5])
 
-    balance = load_balancing_losses(router_logits, 2, attention_mask)
-    z = router_z_losses(router_logits, attention_mask)
-    fast = torch.autograd.grad(layer_weights @ (balance + z), router_logits)
+    losses = losses_of(router_logits, config, attention_mask)
+    fast = torch.autograd.grad(layer_weights @ (losses["aux_loss"] + losses["z_loss"]), router_logits)
 
-    naive_balance = torch.stack([naive_reference.balance_loss(logits, 2, is_token) for logits in router_logits])
+    naive_balance = torch.stack([naive_reference.balance_loss(logits, config, is_token) for logits in router_logits])
     naive_z = torch.stack([naive_reference.z_loss(logits, is_token) for logits in router_logits])
     slow = torch.autograd.grad(layer_weights @ (naive_balance + naive_z), router_logits)
 
-    torch.testing.assert_close(balance, naive_balance)
-    torch.testing.assert_close(z, naive_z)
+    assert losses.keys() == {"aux_loss", "z_loss"}
+    torch.testing.assert_close(losses["aux_loss"], naive_balance)
+    torch.testing.assert_close(losses["z_loss"], naive_z)
     torch.testing.assert_close(fast, slow)
+
+
+@pytest.mark.parametrize("attention_mask", MASKS.values(), ids=MASKS)
+def test_entropy_and_locality_equal_the_formulas(attention_mask, monkeypatch):
+    monkeypatch.setenv("GROUP_RANK", "1")
+    config = config_of(5, router_entropy_loss_coef=0.1, router_locality_loss_coef=0.1, expert_nodes=[0, 1, 1, 2, 0])
+    router_logits = tuple(torch.randn(12, 5) for _ in range(2))
+    is_token = [True] * 12 if attention_mask is None else attention_mask.flatten().bool().tolist()
+
+    losses = losses_of(router_logits, config, attention_mask)
+
+    for layer, logits in enumerate(router_logits):
+        rows = [naive_reference.softmax(row) for row, counts in zip(logits, is_token, strict=True) if counts]
+        entropy = sum(-sum(p * torch.log(p) for p in row) for row in rows) / len(rows)
+        stays = sum(row[1] + row[2] for row in rows) / len(rows)
+        torch.testing.assert_close(losses["entropy_loss"][layer], entropy)
+        torch.testing.assert_close(losses["locality_loss"][layer], -torch.log(stays))
+
+
+def test_entropy_is_least_for_sure_and_locality_for_staying_tokens():
+    probabilities = (torch.eye(4), torch.full((4, 4), 0.25))
+
+    torch.testing.assert_close(router_entropy_losses(probabilities), torch.tensor([0.0, math.log(4)]))
+    stays, leaves = (torch.eye(4)[[0, 1]],), (torch.eye(4)[[2, 3]],)
+    assert locality_losses(stays, [0, 0, 1, 1], 0).item() == 0
+    assert locality_losses(leaves, [0, 0, 1, 1], 0).item() > 80
+    with pytest.raises(ValueError, match="no expert on node 2"):
+        locality_losses(stays, [0, 0, 1, 1], 2)
+
+
+@pytest.mark.parametrize("fields", SELECTED.values(), ids=SELECTED)
+def test_probabilities_sum_to_one(fields):
+    probabilities = routing_probabilities(torch.randn(9, 6), config_of(6, **fields))
+
+    torch.testing.assert_close(probabilities.sum(dim=-1), torch.ones(9))
 
 
 def test_two_collapsed_layers_that_cancel_do_not_score_as_balanced():
     """Pooled over layers, each expert gets a quarter of the tokens, and the loss is the balanced minimum of 2."""
-    losses = load_balancing_losses((collapsed_onto([0, 1]), collapsed_onto([2, 3])), num_experts_per_tok=2)
+    losses = losses_of((collapsed_onto([0, 1]), collapsed_onto([2, 3])), config_of())["aux_loss"]
 
     torch.testing.assert_close(losses, torch.tensor([4.0, 4.0]))
 
@@ -46,7 +112,15 @@ def test_two_collapsed_layers_that_cancel_do_not_score_as_balanced():
 def test_balanced_routing_scores_the_number_of_experts_per_token():
     layer = torch.cat([collapsed_onto([0, 1]), collapsed_onto([2, 3])])
 
-    torch.testing.assert_close(load_balancing_losses((layer,), num_experts_per_tok=2), torch.tensor([2.0]))
+    torch.testing.assert_close(losses_of((layer,), config_of())["aux_loss"], torch.tensor([2.0]))
+
+
+def test_an_empty_slot_selects_nobody():
+    probabilities = (torch.full((2, 4), 0.25),)
+
+    half_empty = load_balancing_losses(probabilities, (torch.tensor([[0, 4], [1, 4]]),))
+
+    torch.testing.assert_close(half_empty, torch.tensor([1.0]))
 
 
 def test_with_a_cache_the_mask_of_past_tokens_is_left_out():
@@ -54,11 +128,12 @@ def test_with_a_cache_the_mask_of_past_tokens_is_left_out():
     new_token_logits = torch.randn(2 * 2, 5)
     mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
 
-    for losses in (
-        lambda logits, mask: load_balancing_losses((logits,), 2, mask),
-        lambda logits, mask: router_z_losses((logits,), mask),
-    ):
-        torch.testing.assert_close(losses(new_token_logits, mask), losses(new_token_logits[[0, 2, 3]], None))
+    config = config_of(5, router_entropy_loss_coef=0.1, router_locality_loss_coef=0.1, expert_nodes=[0] * 2 + [1] * 3)
+
+    masked = losses_of((new_token_logits,), config, mask)
+
+    torch.testing.assert_close(masked, losses_of((new_token_logits[[0, 2, 3]],), config))
+    assert masked.keys() == {"aux_loss", "z_loss", "entropy_loss", "locality_loss"}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -87,7 +162,7 @@ def test_a_model_s_losses_are_the_means_over_its_moe_layers(make_moe, make_token
 
     is_token = mask.flatten().bool().tolist()
     assert len(outputs.router_logits) == 2
-    balance = sum(naive_reference.balance_loss(logits, 2, is_token) for logits in outputs.router_logits) / 2
+    balance = sum(naive_reference.balance_loss(logits, model.config, is_token) for logits in outputs.router_logits) / 2
     z = sum(naive_reference.z_loss(logits, is_token) for logits in outputs.router_logits) / 2
     torch.testing.assert_close(outputs.aux_loss, balance)
     torch.testing.assert_close(outputs.z_loss, z)
@@ -106,6 +181,25 @@ def test_training_adds_the_router_losses_without_being_asked_for_logits(make_moe
     torch.testing.assert_close(trained.loss, language_modeling + 0.3 * trained.aux_loss + 0.2 * trained.z_loss)
     assert trained.router_logits is None
     assert evaluated.router_loss is None
+
+
+def test_every_loss_with_a_weight_is_added(make_moe, make_tokens):
+    coefficients = {
+        "aux_loss": 0.3,
+        "z_loss": 0.2,
+        "entropy_loss": 0.15,
+        "locality_loss": 0.1,
+    }
+    fields = {f"router_{name}_coef": value for name, value in coefficients.items()}
+    model = make_moe(**fields, expert_nodes=[0, 1, 0, 1]).train()
+    tokens = make_tokens()
+
+    outputs = model(tokens, labels=tokens)
+
+    expected = sum(coefficient * outputs[name] for name, coefficient in coefficients.items())
+    torch.testing.assert_close(outputs.router_loss, expected)
+    language_modeling = naive_reference.language_modeling_loss(outputs.logits, tokens)
+    torch.testing.assert_close(outputs.loss, language_modeling + expected)
 
 
 def test_without_coefficients_training_adds_and_records_nothing(make_moe, make_tokens):

@@ -19,6 +19,14 @@ MODELS = {
         "mlp_only_layers": [0],
     },
     "linear": {"router_type": "linear", "shared_expert_intermediate_size": 24},
+    "grouped": {"router_type": "mlp", "router_selection": "grouped_top_k", "num_expert_groups": 2},
+    "biased": {
+        "router_score_function": "sigmoid",
+        "use_router_bias": True,
+        "shared_expert_intermediate_size": 24,
+        "shared_expert_gating": "plain",
+    },
+    "complement": {"shared_expert_intermediate_size": 24, "shared_expert_gating": "complement"},
 }
 
 

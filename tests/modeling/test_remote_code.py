@@ -21,6 +21,7 @@ CODE_FILES = {
     "losses_upcycled_moe.py",
     "modeling_upcycled_moe.py",
     "routers_upcycled_moe.py",
+    "selection_upcycled_moe.py",
 }
 AUTO_CLASSES = {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"}
 
@@ -88,15 +89,33 @@ def check_is_self_contained(folder):
 
 
 @pytest.mark.parametrize(
-    ("auto_class", "model_class"),
+    ("auto_class", "model_class", "fields"),
     [
-        ("AutoModel", UpcycledQwenMoeModel),
-        ("AutoModelForCausalLM", UpcycledQwenMoeForCausalLM),
-        ("AutoModelForSequenceClassification", UpcycledQwenMoeForSequenceClassification),
+        (
+            "AutoModel",
+            UpcycledQwenMoeModel,
+            {"router_type": "mlp", "router_score_function": "sigmoid", "use_router_bias": True},
+        ),
+        (
+            "AutoModelForCausalLM",
+            UpcycledQwenMoeForCausalLM,
+            {"shared_expert_intermediate_size": 16, "num_routers": 8, "router_pooling": "max"},
+        ),
+        (
+            "AutoModelForSequenceClassification",
+            UpcycledQwenMoeForSequenceClassification,
+            {
+                "router_type": "grouped_average",
+                "router_selection": "top_p",
+                "router_top_p": 0.4,
+                "num_copy_experts": 2,
+                "num_constant_experts": 2,
+            },
+        ),
     ],
 )
-def test_a_folder_loads_saves_and_loads_again_without_the_package(make_moe, tmp_path, auto_class, model_class):
-    model = make_moe(model_class, shared_expert_intermediate_size=16, num_routers=8, router_pooling="max")
+def test_a_folder_loads_saves_and_loads_again_without_the_package(make_moe, tmp_path, auto_class, model_class, fields):
+    model = make_moe(model_class, **fields)
     saved = tmp_path / "saved"
     model.save_pretrained(saved)
     check_is_self_contained(saved)
