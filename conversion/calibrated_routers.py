@@ -11,19 +11,20 @@ from .calibration import LayerActivations, best_device, calibrate, calibration_b
 from .heads import coinciding_keys
 from .plan import ConversionPlan
 from .report import RouterReport, report_router
-from .routers import router_contents
+from .routers import RouterContent, load_content, one_for_all_slices, router_contents, router_tensor_name
 from .source import DTYPES
-from .writer import Content
 
 
 if TYPE_CHECKING:
     from .convert import Progress
 
 
-def calibrated_routers(plan: ConversionPlan, progress: "Progress") -> tuple[dict[str, Content], list[RouterReport]]:
+def calibrated_routers(
+    plan: ConversionPlan, progress: "Progress"
+) -> tuple[dict[str, RouterContent], list[RouterReport]]:
     """Return the content of every router tensor by name, and what each router does on the calibration text."""
     recipe, layers = plan.recipe, plan.config.moe_layers
-    contents: dict[str, Content] = {}
+    contents: dict[str, RouterContent] = {}
     reports = []
     blocks = calibration_blocks(plan.source, recipe)
     with progress.task("Calibrating", max(layers) + 1, "layers") as advance:
@@ -34,6 +35,7 @@ def calibrated_routers(plan: ConversionPlan, progress: "Progress") -> tuple[dict
             attended=plan.router.attended_keys,
             batch_size=recipe.calibration_batch_size,
             device=best_device(),
+            num_domains=recipe.num_domains,
             on_layer=lambda: advance(1),
         ):
             tensors = plan.router.tensors(activations.layer, activations)
@@ -46,37 +48,42 @@ def calibrated_routers(plan: ConversionPlan, progress: "Progress") -> tuple[dict
 
 @torch.no_grad()
 def _scaled_and_measured(
-    plan: ConversionPlan, layer: LayerActivations, contents: dict[str, Content]
-) -> tuple[dict[str, Content], RouterReport]:
+    plan: ConversionPlan, layer: LayerActivations, contents: dict[str, RouterContent]
+) -> tuple[dict[str, RouterContent], RouterReport]:
     """Return the router with its logits scaled as the recipe asks, and what it does on the text that `layer` saw."""
-    target, top_k = plan.recipe.target_logit_std, plan.config.num_experts_per_tok
-    scores = _router_scores(plan, layer, contents)
-    measured = router_metrics(scores, top_k)["logit_std"]
+    target = plan.recipe.target_logit_std
+    logits, selected = _routed(plan, layer, contents)
+    measured = router_metrics(logits, selected, plan.config)["logit_std"]
     if target is not None and measured > 0:
         name = plan.router.scaled_tensor
-        contents = contents | {name: contents[name] * (target / measured)}
-        scores = _router_scores(plan, layer, contents)
+        contents = contents | {name: load_content(contents[name]) * (target / measured)}
+        logits, selected = _routed(plan, layer, contents)
     keys = contents.get("keys")
     return contents, report_router(
         layer.layer,
-        scores,
-        top_k,
+        logits,
+        selected,
+        plan.config,
         unscaled_logit_std=measured,
-        coinciding_keys=None if keys is None else coinciding_keys(keys),
+        coinciding_keys=None if keys is None else coinciding_keys(one_for_all_slices(keys, plan.recipe)),
     )
 
 
-def _router_scores(plan: ConversionPlan, layer: LayerActivations, contents: dict[str, Content]) -> torch.Tensor:
-    """Return the logits [T, E] of the text that `layer` saw, by the router as it will be read from the file."""
+def _routed(
+    plan: ConversionPlan, layer: LayerActivations, contents: dict[str, RouterContent]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits [T, E] and selected experts [T, K] of the text that `layer` saw.
+
+    They are those of the router as it will be read from the file, in evaluation mode.
+    """
     router = ROUTERS[plan.config.router_type](plan.config).eval()
     dtypes = {tensor.name: DTYPES[tensor.dtype] for tensor in plan.tensors}
     for name, parameter in router.named_parameters():
-        content = contents[name]
-        value = content if isinstance(content, torch.Tensor) else content.load()
-        written = value.to(dtypes[f"model.layers.{layer.layer}.mlp.gate.{name}"])
+        written = load_content(contents[name]).to(dtypes[router_tensor_name(layer.layer, name)])
         parameter.data.copy_(written.reshape(parameter.shape))
     router.to(layer.ffn_inputs[0].device)
-    return torch.cat([router.score(tokens.float()) for tokens in layer.ffn_inputs])
+    routed = [router(tokens.float()) for tokens in layer.ffn_inputs]
+    return torch.cat([logits for logits, _, _ in routed]), torch.cat([selected for _, _, selected in routed])
 
 
 def _warn_of_degenerate_routers(plan: ConversionPlan, reports: list[RouterReport], progress: "Progress") -> None:
@@ -90,13 +97,13 @@ def _warn_of_degenerate_routers(plan: ConversionPlan, reports: list[RouterReport
         )
         progress.warn(
             f"Keys coincide in {len(coinciding)} of {len(reports)} layers (layer {coinciding[0].layer}: "
-            f"{coinciding[0].coinciding_keys} of {plan.config.num_router_keys}), so their experts compete for the "
+            f"{coinciding[0].coinciding_keys} of {plan.router.split.num_keys}), so their experts compete for the "
             f"same tokens: {reason}."
         )
     dead = [report for report in reports if report.dead_experts]
     if dead:
         progress.warn(
             f"Experts get no token in {len(dead)} of {len(reports)} layers (most: "
-            f"{max(report.dead_experts for report in dead)} of {plan.config.num_experts}); training may wake them, "
-            "a larger router_aux_loss_coef helps."
+            f"{max(report.dead_experts for report in dead)} of {plan.config.num_routed_experts}); training may wake "
+            "them, a larger router_aux_loss_coef helps."
         )

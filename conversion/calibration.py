@@ -44,12 +44,14 @@ class LayerActivations:
         mean_keys: average key of each query head [n, h] (heads that share a key-value head have the same).
         attended_keys: average key that each query head attends to [n, h], or None if it was not asked for.
         ffn_inputs: inputs of the FFN [T, H], one tensor a batch.
+        domain_means: average input of the FFN in the text of each domain [domains, H], or None if there is but one.
     """
 
     layer: int
     mean_keys: Tensor
     attended_keys: Tensor | None
     ffn_inputs: list[Tensor]
+    domain_means: Tensor | None = None
 
 
 def _sum(values: Tensor, dim: tuple[int, ...]) -> Tensor:
@@ -101,7 +103,7 @@ def compute_dtype(source: DenseSource, device: torch.device) -> torch.dtype:
 
 
 def calibration_blocks(source: DenseSource, recipe: ConversionRecipe) -> Tensor:
-    """Return the calibration text as token ids [N, S].
+    """Return the calibration text as token ids [N, S]; where it has domains, as many sequences of each, in order.
 
     Raises:
         SettingsError: if tokenizer or text cannot be read, do not fit the model, or have fewer tokens than asked for.
@@ -114,22 +116,34 @@ def calibration_blocks(source: DenseSource, recipe: ConversionRecipe) -> Tensor:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SettingsError(f"{source.name}: its tokenizer cannot be loaded ({reason})") from error
-    documents = open_text(recipe.calibration_data, recipe.calibration_split, recipe.calibration_text_column)
-    num_blocks = recipe.num_calibration_blocks
-    packed = pack_blocks(documents, tokenizer, recipe.calibration_block_size)
-    blocks = [torch.tensor(block["input_ids"]) for block in islice(packed, num_blocks)]
-    if len(blocks) < num_blocks:
-        raise SettingsError(
-            f"calibration_data has {len(blocks) * recipe.calibration_block_size} tokens in whole sequences, "
-            f"calibration_tokens={recipe.calibration_tokens} asks for more; lower it or give more text."
+    if recipe.num_domains == 1:
+        tokens = _packed_text(recipe.calibration_data, tokenizer, recipe, recipe.num_calibration_blocks)
+    else:
+        num_blocks = recipe.num_calibration_blocks // recipe.num_domains
+        tokens = torch.cat(
+            [_packed_text([domain], tokenizer, recipe, num_blocks) for domain in recipe.calibration_data]
         )
-    tokens = torch.stack(blocks)
     if tokens.max() >= source.config.vocab_size:
         raise SettingsError(
             f"{source.name}: its tokenizer gives token {tokens.max()}, the model's vocab_size is "
             f"{source.config.vocab_size}; put the model's own tokenizer beside it."
         )
     return tokens
+
+
+def _packed_text(names: list[str], tokenizer, recipe: ConversionRecipe, num_blocks: int) -> Tensor:
+    """Return `num_blocks` sequences [., S] of the text that `names` name."""
+    documents = open_text(names, recipe.calibration_split, recipe.calibration_text_column)
+    packed = pack_blocks(documents, tokenizer, recipe.calibration_block_size)
+    blocks = [torch.tensor(block["input_ids"]) for block in islice(packed, num_blocks)]
+    if len(blocks) < num_blocks:
+        where = "calibration_data" if recipe.num_domains == 1 else f"calibration_data, domain {names[0]!r},"
+        share = "" if recipe.num_domains == 1 else f" in equal parts from {recipe.num_domains} domains"
+        raise SettingsError(
+            f"{where} has {len(blocks) * recipe.calibration_block_size} tokens in whole sequences, "
+            f"calibration_tokens={recipe.calibration_tokens}{share} asks for more; lower it or give more text."
+        )
+    return torch.stack(blocks)
 
 
 @torch.no_grad()
@@ -141,6 +155,7 @@ def calibrate(
     attended: bool,
     batch_size: int,
     device: torch.device,
+    num_domains: int = 1,
     on_layer: Callable[[], None] = lambda: None,
 ) -> Iterator[LayerActivations]:
     """Run `blocks` [N, S] through the dense model and yield what each of `layers` saw, in order.
@@ -150,6 +165,7 @@ def calibrate(
     Args:
         attended: whether to average attended keys too.
         batch_size: sequences at a time.
+        num_domains: with more than one, the first N / num_domains sequences are text of the first domain, and so on.
         on_layer: called after each layer, for a progress bar.
     """
     dtype = compute_dtype(source, device)
@@ -176,8 +192,15 @@ def calibrate(
                 mean_keys=mean_keys.cpu(),
                 attended_keys=(recorder.attended_sum / recorder.num_tokens).cpu() if attended else None,
                 ffn_inputs=[batch.flatten(0, 1) for batch in ffn_inputs],
+                domain_means=_domain_means(ffn_inputs, num_domains) if num_domains > 1 else None,
             )
         on_layer()
+
+
+def _domain_means(batches: list[Tensor], num_domains: int) -> Tensor:
+    """Return the average over tokens [num_domains, H] of batches [B, S, H], whose sequences are ordered by domain."""
+    sums = torch.cat([_sum(batch, dim=(1,)) for batch in batches])  # [N, H]
+    return (sums.unflatten(0, (num_domains, -1)).mean(dim=1) / batches[0].shape[1]).cpu()
 
 
 def _append_output(outputs: list[Tensor], module: torch.nn.Module, inputs: tuple, output: Tensor) -> None:

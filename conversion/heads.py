@@ -1,7 +1,7 @@
 """Attention heads as routers: which heads join, and what queries and keys they give.
 
-Dimensions: n attention heads of size h, H hidden size, E experts, R routers, J keys, D router head size. A *unit* is
-what is joined into routers: a head, or a part of one where there are more routers than heads.
+Dimensions: n attention heads of size h, H hidden size, E experts that are told apart, R routers, J keys, D router head
+size. A *unit* is what is joined into routers: a head, or a part of one where there are more routers than heads.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common.settings import SettingsError
-from .experts import FileBytes
+from .contents import FileBytes
 from .recipe import ConversionRecipe
 from .source import DenseSource, SourceTensor
 
@@ -30,6 +30,7 @@ class HeadSplit:
     Args:
         num_units: heads, or parts of heads.
         unit_size: rows of the query projection in a unit.
+        num_keys: keys of all experts that are told apart.
         heads_per_router: units joined into one router, and into one key.
         key_statistic: `mean` or `attended`.
     """
@@ -51,21 +52,24 @@ def head_split(source: DenseSource, recipe: ConversionRecipe) -> HeadSplit:
     """Return how `recipe` splits and joins the heads of `source`.
 
     With R routers for n heads, n/R heads make a router (rounded up: where R does not divide n, some heads serve in
-    two routers). R above n splits each head in R/n parts. There are max(R, E) keys. R is E if nothing else is asked
-    for and the heads allow it, else n; and so many heads are joined that all routers and keys can differ.
+    two routers). R above n splits each head in R/n parts. There are max(R, E) keys. If nothing else is asked for, R is
+    the number of experts that compute if the heads allow it, else n; and so many heads are joined that all routers and
+    keys can differ. Slices of one copy (`experts="split"`) are one expert here: they share their keys.
 
     Raises:
         SettingsError: if the heads cannot be split or joined so.
     Source: Router Upcycling (arXiv 2509.00679), sections 3.2 and 6.1.
     """
-    num_heads, head_dim, num_experts = source.config.num_attention_heads, source.head_dim, recipe.num_experts
+    num_heads, head_dim = source.config.num_attention_heads, source.head_dim
+    num_experts = recipe.num_distinct_experts
     num_routers = recipe.num_routers
     if num_routers is None:
-        num_routers = num_experts if _parts(num_experts, num_heads, head_dim) else num_heads
+        num_computing = recipe.num_ffn_copies
+        num_routers = num_computing if _parts(num_computing, num_heads, head_dim) else num_heads
     num_keys = max(num_routers, num_experts)
     if num_keys % num_experts:
         raise SettingsError(
-            f"num_routers={num_routers} is above num_experts={num_experts} and not a multiple of it: every expert "
+            f"num_routers={num_routers} is above {_described(recipe)} and not a multiple of it: every expert "
             "owns the same number of keys."
         )
     parts = _parts(num_routers, num_heads, head_dim)
@@ -86,6 +90,16 @@ def head_split(source: DenseSource, recipe: ConversionRecipe) -> HeadSplit:
     if statistic == "auto":
         statistic = "mean" if source.config.num_key_value_heads == num_heads else "attended"
     return HeadSplit(num_routers, num_keys, num_units, head_dim // parts, heads_per_router, statistic)
+
+
+def _described(recipe: ConversionRecipe) -> str:
+    """Return how many experts are told apart, in the recipe's words."""
+    words = f"num_experts={recipe.num_experts}"
+    if recipe.num_ffn_copies < recipe.num_experts:
+        words += f" / expert_granularity={recipe.expert_granularity}"
+    if recipe.num_free_experts:
+        words += f" + {recipe.num_free_experts} experts without computation"
+    return words
 
 
 def _parts(num_routers: int, num_heads: int, head_dim: int) -> int | None:
@@ -111,6 +125,7 @@ def group_heads(similarity: Tensor, num_groups: int, group_size: int) -> list[li
     uses = [0] * len(units)
     together: set[tuple[int, int]] = set()
     groups: list[list[int]] = []
+    existing: set[frozenset[int]] = set()
 
     def pair_rank(pair: tuple[int, int]) -> tuple[int, float]:
         return uses[pair[0]] + uses[pair[1]], -scores[pair[0]][pair[1]]
@@ -131,12 +146,35 @@ def group_heads(similarity: Tensor, num_groups: int, group_size: int) -> list[li
         while len(group) < group_size:
             candidates = [unit for unit in units if unit not in group]
             if len(group) == group_size - 1:
-                candidates = [unit for unit in candidates if {*group, unit} not in map(set, groups)] or candidates
+                candidates = [unit for unit in candidates if {*group, unit} not in existing] or candidates
             group.append(min(candidates, key=partial(unit_rank, group=list(group))))
         for unit in group:
             uses[unit] += 1
         together |= set(combinations(sorted(group), 2))
         groups.append(group)
+        existing.add(frozenset(group))
+    return groups
+
+
+def random_groups(num_units: int, num_groups: int, group_size: int, generator: torch.Generator) -> list[list[int]]:
+    """Return `num_groups` groups of `group_size` different units, drawn at random.
+
+    As with `group_heads`, groups differ as long as there are different ones, and beyond that all units serve alike.
+
+    Source: the ablation in section 3.2 of Router Upcycling (arXiv 2509.00679), which names no algorithm.
+    """
+    uses = [0] * num_units
+    groups: list[list[int]] = []
+    existing: set[frozenset[int]] = set()
+    for _ in range(num_groups):
+        order = sorted(torch.randperm(num_units, generator=generator).tolist(), key=uses.__getitem__)
+        # Those that served least come first, and so does their combination.
+        fresh = (group for group in combinations(order, group_size) if frozenset(group) not in existing)
+        group = list(next(fresh, order[:group_size]))
+        for unit in group:
+            uses[unit] += 1
+        groups.append(group)
+        existing.add(frozenset(group))
     return groups
 
 
@@ -151,22 +189,31 @@ def cosine_similarity(units: Tensor) -> Tensor:
     return gram / (lengths[:, None] * lengths[None, :])
 
 
-def query_rows(q_proj: SourceTensor, split: HeadSplit) -> FileBytes:
-    """Return the content of `query_weight` [R, D, H]: rows of `q_proj` [n * h, H], joined greedily.
+def query_rows(q_proj: SourceTensor, split: HeadSplit, generator: torch.Generator | None = None) -> FileBytes:
+    """Return the content of `query_weight` [R, D, H]: rows of `q_proj` [n * h, H], joined greedily or at random.
 
     These are the source's own bytes. The query bias is left out: it would favour the same experts for every token.
+
+    Args:
+        generator: draws the units that are joined; without it the most alike are.
     """
     units = q_proj.load().unflatten(0, (split.num_units, split.unit_size))
-    groups = group_heads(cosine_similarity(units), split.num_routers, split.heads_per_router)
+    groups = _groups(units, split.num_routers, split.heads_per_router, generator)
     unit_bytes = q_proj.num_bytes // split.num_units
     return FileBytes(tuple((q_proj, unit * unit_bytes, unit_bytes) for group in groups for unit in group))
 
 
-def expert_keys(head_keys: Tensor, split: HeadSplit) -> Tensor:
-    """Return the keys [J, D]: the average keys of the heads [n, h], joined greedily."""
+def expert_keys(head_keys: Tensor, split: HeadSplit, generator: torch.Generator | None = None) -> Tensor:
+    """Return the keys [J, D]: the average keys of the heads [n, h], joined greedily, or at random by `generator`."""
     units = head_keys.reshape(split.num_units, split.unit_size)
-    groups = group_heads(cosine_similarity(units), split.num_keys, split.heads_per_router)
+    groups = _groups(units, split.num_keys, split.heads_per_router, generator)
     return units[torch.tensor(groups)].flatten(1)
+
+
+def _groups(units: Tensor, num_groups: int, group_size: int, generator: torch.Generator | None) -> list[list[int]]:
+    if generator is not None:
+        return random_groups(len(units), num_groups, group_size, generator)
+    return group_heads(cosine_similarity(units), num_groups, group_size)
 
 
 def coinciding_keys(keys: Tensor) -> int:

@@ -197,6 +197,33 @@ class ConversionRecipe:
             raise SettingsError(
                 "router_logit_std has no meaning with router='grouped_average', which has no parameters."
             )
+        if self.router == "grouped_average" and self.experts == "split":
+            raise SettingsError(
+                "router='grouped_average' cannot score all slices of a copy alike, as experts='split' needs; use "
+                "another router."
+            )
+        if self.router == "domain":
+            self._check_domains()
+
+    def _check_domains(self) -> None:
+        domains = len(self.calibration_data)
+        if domains < 2:
+            raise SettingsError(
+                f"router='domain' needs at least two domains, each an entry of calibration_data; it has {domains}."
+            )
+        if twice := [name for name in self.calibration_data if self.calibration_data.count(name) > 1]:
+            raise SettingsError(f"calibration_data names {twice[0]!r} twice; with router='domain' each is a domain.")
+        if self.expert_sources and domains != self.num_sources:
+            raise SettingsError(
+                f"calibration_data has {domains} domains for {self.num_sources} dense checkpoints, the model and its "
+                "expert_sources; give one for each, in their order."
+            )
+        if self.num_ffn_copies % domains:
+            of_slices = f" / expert_granularity={self.expert_granularity}" if self.experts == "split" else ""
+            raise SettingsError(
+                f"num_experts={self.num_experts}{of_slices} is not a multiple of the {domains} domains in "
+                "calibration_data: every domain has the same number of experts."
+            )
 
     def _check_calibration(self) -> None:
         for name in ("calibration_tokens", "calibration_block_size", "calibration_batch_size"):
@@ -206,6 +233,12 @@ class ConversionRecipe:
             raise SettingsError(
                 f"calibration_tokens={self.calibration_tokens} is less than one sequence of "
                 f"calibration_block_size={self.calibration_block_size}; raise the one or lower the other."
+            )
+        if self.num_calibration_blocks == 0:
+            raise SettingsError(
+                f"calibration_tokens={self.calibration_tokens} is less than one sequence of "
+                f"calibration_block_size={self.calibration_block_size} for each of {self.num_domains} domains; raise "
+                "the one or lower the other."
             )
         if not self.calibration_data:
             for setting in dataclasses.fields(self):
@@ -225,9 +258,30 @@ class ConversionRecipe:
         return None if self.router_logit_std == "none" else float(self.router_logit_std)
 
     @property
+    def num_ffn_copies(self) -> int:
+        """FFNs that the experts make up: one each, but with `split` all slices of a copy together one."""
+        return self.num_experts // (self.expert_granularity if self.experts == "split" else 1)
+
+    @property
+    def num_free_experts(self) -> int:
+        """Routed experts without computation."""
+        return self.num_zero_experts + self.num_copy_experts + self.num_constant_experts
+
+    @property
+    def num_distinct_experts(self) -> int:
+        """Routed experts that a router tells apart: all slices of a copy have the same scores."""
+        return self.num_ffn_copies + self.num_free_experts
+
+    @property
+    def num_domains(self) -> int:
+        """Domains that calibration tells apart; one where it takes all text together."""
+        return len(self.calibration_data) if self.router == "domain" else 1
+
+    @property
     def num_calibration_blocks(self) -> int:
-        """Whole sequences in `calibration_tokens`."""
-        return self.calibration_tokens // self.calibration_block_size
+        """Whole sequences in `calibration_tokens`, equally many of each domain."""
+        num_blocks = self.calibration_tokens // self.calibration_block_size
+        return num_blocks - num_blocks % self.num_domains
 
     @property
     def num_calibrated_tokens(self) -> int:

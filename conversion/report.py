@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from modeling_upcycled_moe import UpcycledQwenMoeConfig
+
 from ..common.routing import router_metrics
 
 
@@ -20,7 +22,8 @@ class RouterReport:
         load: share of the selections that each expert gets [E].
         max_violation: largest load over the mean load, minus one.
         dead_experts: experts that get no token.
-        coinciding_keys: keys that point where an earlier one does; None if there are no keys.
+        coinciding_keys: keys that equal an earlier one; None if there are no keys. Slices of one copy share theirs,
+            which counts once.
     """
 
     layer: int
@@ -40,13 +43,14 @@ class RouterReport:
 def report_router(
     layer: int,
     router_logits: Tensor,
-    num_experts_per_tok: int,
+    selected_experts: Tensor,
+    config: UpcycledQwenMoeConfig,
     *,
     unscaled_logit_std: float,
     coinciding_keys: int | None,
 ) -> RouterReport:
-    """Return what a router that gives `router_logits` [T, E] does."""
-    metrics = router_metrics(router_logits, num_experts_per_tok)
+    """Return what a router that gives `router_logits` [T, E] and `selected_experts` [T, K] does."""
+    metrics = router_metrics(router_logits, selected_experts, config)
     return RouterReport(
         layer=layer,
         logit_std=metrics["logit_std"],

@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ FAMILIES = ["qwen2", "qwen2-sliding", "qwen1.5", "qwen3"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def run(source, blocks, layers, *, attended=True, batch_size=3):
+def run(source, blocks, layers, *, attended=True, batch_size=3, **arguments):
+    device = torch.device("cpu")
     return list(
-        calibrate(source, blocks, layers, attended=attended, batch_size=batch_size, device=torch.device("cpu"))
+        calibrate(source, blocks, layers, attended=attended, batch_size=batch_size, device=device, **arguments)
     )
 
 
@@ -64,6 +66,23 @@ def test_keys_and_inputs_are_those_of_the_whole_model(dense, family):
         torch.testing.assert_close(layer.mean_keys, mean_keys, **CLOSE)
         torch.testing.assert_close(layer.attended_keys, attended_keys, **CLOSE)
         torch.testing.assert_close(torch.cat(layer.ffn_inputs), ffn_inputs, **CLOSE)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6])
+def test_domains_have_means_of_their_own(dense, batch_size):
+    """Six sequences of three domains, two each; batches need not end where domains do."""
+    folder = dense("qwen3")
+    blocks = torch.randint(1, 320, (6, 24), generator=torch.Generator().manual_seed(0))
+    layers = run(open_source(str(folder)), blocks, [0, 2], batch_size=batch_size, num_domains=3)
+    expected = [layer for number, layer in enumerate(naive_calibration(folder, blocks)) if number != 1]
+    for layer, (_, _, ffn_inputs) in zip(layers, expected, strict=True):
+        assert layer.domain_means.shape == (3, 64)
+        for domain in range(3):
+            total = torch.zeros(64, dtype=torch.float64)
+            for token in ffn_inputs[domain * 48 : (domain + 1) * 48]:
+                total += token.double()
+            torch.testing.assert_close(layer.domain_means[domain], total / 48, **CLOSE)
+    assert all(layer.domain_means is None for layer in run(open_source(str(folder)), blocks, [0]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -120,6 +139,33 @@ def test_blocks_are_the_packed_text(dense, mixture_recipe, text_file):
 def test_too_little_text_is_refused(dense, mixture_recipe):
     with pytest.raises(SettingsError, match=r"calibration_tokens=1000000 asks for more; lower it or give more text"):
         calibration_blocks(open_source(str(dense())), mixture_recipe(calibration_tokens=1_000_000))
+
+
+def test_every_domain_has_as_many_blocks(dense, mixture_recipe, text_file, tmp_path):
+    for name, word in (("one", "alpha "), ("two", "beta ")):
+        (tmp_path / f"{name}.txt").write_text(word * 2000, encoding="utf-8")
+    domains = [str(tmp_path / "one.txt"), str(text_file), str(tmp_path / "two.txt")]
+    recipe = mixture_recipe(router="domain", num_experts=6, calibration_data=domains)
+    folder = dense()
+    blocks = calibration_blocks(open_source(str(folder)), recipe)
+    # 8 blocks are not a multiple of 3 domains: 2 of each.
+    assert blocks.shape == (6, 64)
+    assert (recipe.num_calibration_blocks, recipe.num_calibrated_tokens) == (6, 384)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for number, domain in enumerate(domains):
+        text = tokenizer.decode(blocks[2 * number : 2 * number + 2].flatten())
+        assert Path(domain).read_text(encoding="utf-8").startswith(text)
+
+
+def test_a_domain_with_too_little_text_is_named(dense, mixture_recipe, text_file, tmp_path):
+    (tmp_path / "short.txt").write_text("a few words", encoding="utf-8")
+    recipe = mixture_recipe(router="domain", calibration_data=[str(text_file), str(tmp_path / "short.txt")])
+    with pytest.raises(SettingsError) as error:
+        calibration_blocks(open_source(str(dense())), recipe)
+    assert str(error.value) == (
+        f"calibration_data, domain '{tmp_path / 'short.txt'}', has 0 tokens in whole sequences, "
+        "calibration_tokens=512 in equal parts from 2 domains asks for more; lower it or give more text."
+    )
 
 
 def test_a_tokenizer_of_another_model_is_refused(dense, mixture_recipe):

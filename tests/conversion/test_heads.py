@@ -1,7 +1,10 @@
 from collections import Counter
+from math import comb
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen2Config
 
 from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.conversion.heads import (
@@ -11,9 +14,10 @@ from upcycled_moe.conversion.heads import (
     group_heads,
     head_split,
     query_rows,
+    random_groups,
 )
 from upcycled_moe.conversion.recipe import ConversionRecipe
-from upcycled_moe.conversion.source import open_source
+from upcycled_moe.conversion.source import DenseSource, open_source
 
 
 # Pairs by similarity: (0,2) (1,3) (2,3) (1,2) (0,3) (0,1).
@@ -59,6 +63,34 @@ def test_groups_use_every_unit_alike_and_none_twice(num_units, num_groups, group
     if group_size > 1:
         assert len({frozenset(group) for group in groups}) == num_groups
     assert group_heads(similarity.clone(), num_groups, group_size) == groups
+
+
+@pytest.mark.parametrize(
+    ("num_units", "num_groups", "group_size"),
+    [(16, 8, 2), (16, 16, 1), (16, 8, 8), (14, 8, 2), (16, 32, 2), (16, 120, 2), (4, 8, 2), (5, 7, 3), (16, 8, 1)],
+)
+def test_random_groups_use_every_unit_alike_and_none_twice(num_units, num_groups, group_size):
+    def draw(seed):
+        return random_groups(num_units, num_groups, group_size, torch.Generator().manual_seed(seed))
+
+    for groups in map(draw, range(20)):
+        assert [len(group) for group in groups] == [group_size] * num_groups
+        assert all(len(set(group)) == group_size for group in groups)
+        # Groups differ, as long as there are different ones.
+        assert len({frozenset(group) for group in groups}) == min(num_groups, comb(num_units, group_size))
+        uses = Counter(unit for group in groups for unit in group)
+        counts = [uses[unit] for unit in range(num_units)]
+        # Within the first round there is nothing to repeat; later a pair may have to differ from an earlier one.
+        assert max(counts) - min(counts) <= (1 if num_groups * group_size <= num_units else 2)
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+
+
+def test_random_pairs_are_all_as_likely():
+    generator = torch.Generator().manual_seed(0)
+    drawn = Counter(tuple(sorted(random_groups(4, 1, 2, generator)[0])) for _ in range(3000))
+    assert len(drawn) == 6
+    assert all(count == pytest.approx(500, rel=0.2) for count in drawn.values())
 
 
 def test_the_first_pair_is_the_most_similar():
@@ -160,3 +192,99 @@ def test_coinciding_keys_are_counted_once_each():
     assert coinciding_keys(torch.cat([base, base[:2], base[:1] * (1 + 1e-5)])) == 3
     # The same direction at another length scores differently: those experts can be told apart.
     assert coinciding_keys(torch.cat([base, base[:2] * 2])) == 0
+
+
+def wide_source(num_heads=16, head_dim=64, num_key_value_heads=None):
+    """Return a source that is nothing but its configuration: Qwen1.5-0.5B has 16 heads of 64."""
+    config = Qwen2Config(
+        hidden_size=num_heads * head_dim,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_key_value_heads or num_heads,
+    )
+    return DenseSource("wide", Path(), None, config, {})
+
+
+# Routers, what is joined into each, width of a query, keys: Tables 3 and 4 of the paper, for 8 experts.
+TABLE_3 = [(2, 8, 512, 8), (4, 4, 256, 8), (8, 2, 128, 8), (16, 1, 64, 16), (32, 1, 32, 32)]
+
+
+@pytest.mark.parametrize(("num_routers", "heads_per_router", "router_head_dim", "num_keys"), TABLE_3)
+@pytest.mark.parametrize("router_pooling", ["sum", "max"])
+def test_the_papers_ablations_have_the_papers_shapes(
+    num_routers, heads_per_router, router_head_dim, num_keys, router_pooling
+):
+    recipe = ConversionRecipe(num_experts=8, num_routers=num_routers, router_pooling=router_pooling)
+    split = head_split(wide_source(), recipe)
+    assert (split.heads_per_router, split.router_head_dim, split.num_keys) == (
+        heads_per_router,
+        router_head_dim,
+        num_keys,
+    )
+    assert split.key_statistic == "mean"
+    # Every part of every head serves, and equally often: in queries once, in keys as often as there are keys to fill.
+    units = torch.randn(split.num_units, split.unit_size, generator=torch.Generator().manual_seed(0))
+    for num_groups in (split.num_routers, split.num_keys):
+        groups = group_heads(cosine_similarity(units), num_groups, split.heads_per_router)
+        uses = Counter(unit for group in groups for unit in group)
+        assert {uses[unit] for unit in range(split.num_units)} == {num_groups * heads_per_router // split.num_units}
+
+
+@pytest.mark.parametrize(("heads_per_router", "router_head_dim"), [(1, 64), (2, 128)])
+@pytest.mark.parametrize("num_routers", [8, 16])
+def test_one_head_against_two(num_routers, heads_per_router, router_head_dim):
+    recipe = ConversionRecipe(num_experts=8, num_routers=num_routers, heads_per_router=heads_per_router)
+    split = head_split(wide_source(), recipe)
+    assert (split.router_head_dim, split.num_keys) == (router_head_dim, num_routers)
+
+
+@pytest.mark.parametrize(("num_experts", "num_heads", "head_dim"), [(16, 16, 64), (8, 16, 128)])
+def test_the_papers_larger_models(num_experts, num_heads, head_dim):
+    split = head_split(wide_source(num_heads, head_dim), ConversionRecipe(num_experts=num_experts))
+    assert (split.num_routers, split.num_keys) == (num_experts, num_experts)
+    assert split.router_head_dim == num_heads * head_dim // num_experts
+
+
+@pytest.mark.parametrize("num_heads", [14, 16])
+def test_any_number_of_experts_finds_its_heads(num_heads):
+    for num_experts in range(2, 257):
+        split = head_split(wide_source(num_heads, 64), ConversionRecipe(num_experts=num_experts))
+        assert split.num_keys == num_experts
+        # Enough different groups, so that no two experts need have the same key.
+        assert comb(split.num_units, split.heads_per_router) >= num_experts
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # Slices of a copy share their keys: routers and keys are those of the 4 copies.
+        ({"num_experts": 8, "experts": "split"}, (4, 4, 4)),
+        ({"num_experts": 16, "experts": "split", "expert_granularity": 4, "num_routers": 16}, (16, 16, 1)),
+        # Experts without computation have keys too, but no further routers.
+        ({"num_experts": 8, "num_zero_experts": 1, "num_copy_experts": 1, "num_constant_experts": 2}, (8, 12, 2)),
+        ({"num_experts": 8, "experts": "split", "num_zero_experts": 4, "num_routers": 16}, (16, 16, 1)),
+    ],
+)
+def test_experts_that_are_told_apart_have_keys(settings, expected):
+    split = head_split(wide_source(), ConversionRecipe(**settings))
+    assert (split.num_routers, split.num_keys, split.heads_per_router) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"num_experts": 8, "num_zero_experts": 1, "num_routers": 16},
+            "num_routers=16 is above num_experts=8 + 1 experts without computation and not a multiple of it: every "
+            "expert owns the same number of keys.",
+        ),
+        (
+            {"num_experts": 12, "experts": "split", "num_routers": 8},
+            "num_routers=8 is above num_experts=12 / expert_granularity=2 and not a multiple of it: every expert owns "
+            "the same number of keys.",
+        ),
+    ],
+)
+def test_keys_that_cannot_be_shared_out_are_refused_in_the_recipes_words(settings, message):
+    with pytest.raises(SettingsError) as error:
+        head_split(wide_source(), ConversionRecipe(**settings))
+    assert str(error.value) == message

@@ -55,12 +55,66 @@ def test_every_setting_has_a_help_text():
         ({"router_logit_std": 0, "calibration_data": ["a"]}, "router_logit_std=0 must be above zero and finite."),
         ({"router_logit_std": float("nan"), "calibration_data": ["a"]}, "must be above zero and finite."),
         ({"router_logit_std": float("inf"), "calibration_data": ["a"]}, "must be above zero and finite."),
+        (
+            {"router": "grouped_average", "router_logit_std": 1.0, "calibration_data": ["a"]},
+            "router_logit_std has no meaning with router='grouped_average', which has no parameters.",
+        ),
+        (
+            {"router": "grouped_average", "experts": "split"},
+            "router='grouped_average' cannot score all slices of a copy alike, as experts='split' needs; use another",
+        ),
+        ({"router": "mlp", "head_grouping": "random"}, "head_grouping has no meaning with router='mlp'"),
+        (
+            {"router": "domain"},
+            "router='domain' needs at least two domains, each an entry of calibration_data; it has 0.",
+        ),
+        ({"router": "domain", "calibration_data": ["a"]}, "needs at least two domains"),
+        (
+            {"router": "domain", "calibration_data": ["a", "b", "a", "c"]},
+            "calibration_data names 'a' twice; with router='domain' each is a domain.",
+        ),
+        (
+            {"router": "domain", "calibration_data": ["a", "b", "c"]},
+            "num_experts=8 is not a multiple of the 3 domains in calibration_data: every domain has the same number",
+        ),
+        (
+            {
+                "router": "domain",
+                "calibration_data": ["a", "b", "c", "d"],
+                "experts": "split",
+                "expert_granularity": 4,
+            },
+            "num_experts=8 / expert_granularity=4 is not a multiple of the 4 domains in calibration_data",
+        ),
+        (
+            {"router": "domain", "calibration_data": ["a", "b"], "expert_sources": ["x", "y", "z"]},
+            "calibration_data has 2 domains for 4 dense checkpoints, the model and its expert_sources; give one for",
+        ),
+        (
+            {"router": "domain", "calibration_data": ["a", "b"], "calibration_tokens": 1024},
+            "calibration_tokens=1024 is less than one sequence of calibration_block_size=1024 for each of 2 domains",
+        ),
     ],
 )
 def test_what_makes_no_recipe_is_refused(settings, message):
     with pytest.raises(SettingsError) as error:
         build_recipe(("file", settings))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "copies", "distinct"),
+    [
+        ({"num_experts": 8}, 8, 8),
+        ({"num_experts": 8, "experts": "split"}, 4, 4),
+        ({"num_experts": 8, "experts": "split", "expert_granularity": 8}, 1, 1),
+        ({"num_experts": 8, "num_zero_experts": 1, "num_copy_experts": 2, "num_constant_experts": 3}, 8, 14),
+        ({"num_experts": 8, "experts": "split", "num_copy_experts": 2}, 4, 6),
+    ],
+)
+def test_experts_that_are_told_apart(settings, copies, distinct):
+    recipe = ConversionRecipe(**settings)
+    assert (recipe.num_ffn_copies, recipe.num_distinct_experts) == (copies, distinct)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,238 @@
+"""Conversions from end to end for each router: what is written loads, computes what it should, and is reported."""
+
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from upcycled_moe.common.settings import SettingsError
+from upcycled_moe.conversion.calibration import calibration_blocks
+from upcycled_moe.conversion.convert import Progress, convert
+from upcycled_moe.conversion.source import open_source
+
+
+# Largest |Δlogit| in float32 for logits of order one.
+TOLERANCE = 5e-6
+
+
+class Warnings(Progress):
+    """Collects the warnings of a conversion."""
+
+    def __init__(self):
+        self.messages = []
+
+    def warn(self, message):
+        self.messages.append(message)
+
+
+def load(folder, **arguments):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **arguments).eval()
+
+
+def gates(folder, name) -> list[torch.Tensor]:
+    """Return the router tensor `name` of each layer."""
+    tensors = load_file(folder / "model.safetensors")
+    return [tensor for key, tensor in sorted(tensors.items()) if key.endswith(f".mlp.gate.{name}")]
+
+
+@pytest.fixture(scope="module")
+def domain_files(tmp_path_factory) -> list[str]:
+    """Four files of different words, 6000 each."""
+    folder = tmp_path_factory.mktemp("domains")
+    vocabularies = {
+        "numbers": " ".join(map(str, range(100, 400))),
+        "prose": "the of and to in is that it was for with as have this from had",
+        "code": "def( return{ if: else; for [i] += x= y= None lambda* import",
+        "capitals": "ALPHA BETA GAMMA DELTA EPSILON ZETA ETA THETA IOTA KAPPA",
+    }
+    names = []
+    for number, (name, words) in enumerate(vocabularies.items()):
+        chosen = random.Random(number)
+        path = folder / f"{name}.txt"
+        path.write_text(" ".join(chosen.choice(words.split()) for _ in range(6000)), encoding="utf-8")
+        names.append(str(path))
+    return names
+
+
+@pytest.fixture
+def recipe_for(mixture_recipe, domain_files):
+    """`recipe_for("domain", num_experts=4, …)`: a recipe with text for any router, one file for each domain."""
+
+    def recipe(router="domain", num_domains=4, **settings):
+        if router == "domain":
+            settings = {"calibration_data": domain_files[:num_domains], **settings}
+        return mixture_recipe(router=router, **settings)
+
+    return recipe
+
+
+ROUTERS = ["linear", "mixture", "mlp", "grouped_average", "domain"]
+SLICES = {"experts": "split", "num_experts": 8, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("router", "settings"),
+    [*((router, {}) for router in ROUTERS), *((router, SLICES) for router in ROUTERS if router != "grouped_average")],
+)
+@torch.no_grad()
+def test_every_router_leaves_the_function_as_it_was(dense, recipe_for, tmp_path, tokens, router, settings, family):
+    folder = dense(family)
+    result = convert(open_source(str(folder)), recipe_for(router, **settings), tmp_path / "out")
+    model = load(tmp_path / "out")
+    assert model.config.router_type == {"domain": "linear"}.get(router, router)
+    expected = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
+    assert 0.5 < expected.abs().max() < 5
+    assert (model(tokens).logits - expected).abs().max().item() <= TOLERANCE
+    assert [report.layer for report in result.routers] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("router", ["linear", "mlp", "grouped_average"])
+@torch.no_grad()
+def test_routers_without_text_start_without_text(dense, linear_recipe, tmp_path, tokens, router):
+    folder = dense()
+    result = convert(open_source(str(folder)), linear_recipe(router=router), tmp_path / "out")
+    assert result.routers is None
+    expected = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
+    assert (load(tmp_path / "out")(tokens).logits - expected).abs().max().item() <= TOLERANCE
+
+
+@pytest.mark.parametrize("num_routers", [2, 4, 8, 16, 32])
+@pytest.mark.parametrize("more", [{}, {"router_pooling": "max"}, {"head_grouping": "random"}, {"heads_per_router": 2}])
+@torch.no_grad()
+def test_the_papers_ablations_convert(dense, mixture_recipe, tmp_path, tokens, num_routers, more):
+    """Tables 3 and 4 at a sixteenth of their width: 16 heads of 4 and 8 experts."""
+    folder = dense("qwen1.5", num_attention_heads=16, num_key_value_heads=16)
+    recipe = mixture_recipe(num_experts=8, num_routers=num_routers, router_logit_std="none", **more)
+    convert(open_source(str(folder)), recipe, tmp_path / "out")
+    model = load(tmp_path / "out")
+    assert model.config.num_routers == num_routers
+    assert model.config.num_router_keys == max(num_routers, 8)
+    expected = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
+    assert (model(tokens).logits - expected).abs().max().item() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("router", "settings"),
+    [
+        ("mlp", {"router_logit_std": 1.0}),
+        ("grouped_average", {}),
+        ("domain", {"router_logit_std": 0.5}),
+        ("linear", {"router_score_function": "sigmoid", "use_router_bias": True}),
+        ("mixture", {"router_selection": "top_p", "router_top_p": 0.6, "num_experts_per_tok": 3}),
+        ("mixture", {"router_selection": "grouped_top_k", "num_expert_groups": 2}),
+        ("mixture", {"router_selection": "expert_choice"}),
+        ("linear", {"num_zero_experts": 1, "num_copy_experts": 1, "num_constant_experts": 2}),
+        ("domain", {"num_zero_experts": 2}),
+        ("mixture", {"num_experts": 8, "experts": "split", "num_experts_per_tok": 2, "num_copy_experts": 2}),
+    ],
+)
+@torch.no_grad()
+def test_the_report_is_what_the_loaded_routers_select(dense, recipe_for, tmp_path, router, settings):
+    recipe = recipe_for(router, **settings)
+    source = open_source(str(dense("qwen3")))
+    result = convert(source, recipe, tmp_path / "out")
+    model = load(tmp_path / "out")
+    # The dense model's inputs of the FFN: experts without computation change what later layers of the MoE see.
+    dense_model = AutoModelForCausalLM.from_pretrained(dense("qwen3")).eval()
+    ffn_inputs = {}
+    for number, layer in enumerate(dense_model.model.layers):
+        layer.post_attention_layernorm.register_forward_hook(
+            lambda _, __, output, number=number: ffn_inputs.update({number: output.flatten(0, 1)})
+        )
+    dense_model(calibration_blocks(source, recipe))
+    num_experts = model.config.num_routed_experts
+    for report in result.routers:
+        logits, _, selected = model.model.layers[report.layer].mlp.gate(ffn_inputs[report.layer])
+        counts = [0] * num_experts
+        for token in selected.tolist():
+            for expert in token:
+                if expert < num_experts:
+                    counts[expert] += 1
+        total = sum(counts)
+        # A near-tie may fall the other way.
+        assert report.load == pytest.approx([count / total for count in counts], abs=2 / 512)
+        assert report.dead_experts == sum(load == 0 for load in report.load)
+        variance = sum(token.double().var(correction=0).item() for token in logits) / len(logits)
+        assert report.logit_std == pytest.approx(variance**0.5, rel=1e-4)
+        target = recipe.target_logit_std
+        assert report.logit_std == pytest.approx(report.unscaled_logit_std if target is None else target, rel=1e-4)
+
+
+@pytest.mark.parametrize("num_domains", [2, 4])
+@torch.no_grad()
+def test_text_of_a_domain_goes_to_its_experts(dense, recipe_for, tmp_path, num_domains):
+    """Of a domain's tokens, more go to its own experts than of all tokens do, in every layer."""
+    recipe = recipe_for(num_domains=num_domains, num_experts=8, calibration_tokens=2048)
+    source = open_source(str(dense("qwen3")))
+    convert(source, recipe, tmp_path / "out")
+    model = load(tmp_path / "out")
+    blocks = calibration_blocks(source, recipe)
+    for router_logits in model(blocks, output_router_logits=True).router_logits:
+        best = router_logits.argmax(dim=-1).view(num_domains, -1)  # [domains, tokens of each]
+        domain_of_best = best * num_domains // 8
+        for domain in range(num_domains):
+            own = (domain_of_best[domain] == domain).double().mean()
+            others = (domain_of_best == domain).double().mean()
+            assert own > others, (domain, own, others)
+
+
+def test_the_same_seed_gives_the_same_routers(dense, recipe_for, tmp_path):
+    source = open_source(str(dense("qwen2")))
+    settings = {"mlp": {}, "domain": {"num_experts": 8}, "mixture": {"head_grouping": "random"}}
+    for router, more in settings.items():
+        for name, seed in (("one", 0), ("two", 0), ("other", 1)):
+            convert(source, recipe_for(router, seed=seed, **more), tmp_path / router / name)
+            torch.manual_seed(seed + 17)
+        tensors = [load_file(tmp_path / router / name / "model.safetensors") for name in ("one", "two", "other")]
+        one, two, other = ({name: tensor for name, tensor in t.items() if ".gate." in name} for t in tensors)
+        assert all(torch.equal(one[name], two[name]) for name in one)
+        assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_keys_that_slices_share_are_no_fault(dense, mixture_recipe, tmp_path):
+    progress = Warnings()
+    recipe = mixture_recipe(num_experts=8, experts="split", calibration_tokens=2048)
+    result = convert(open_source(str(dense("qwen1.5"))), recipe, tmp_path / "out", progress=progress)
+    assert [report.coinciding_keys for report in result.routers] == [0, 0, 0]
+    assert not [message for message in progress.messages if "coincide" in message]
+    assert result.plan.config.num_router_keys == 8
+    for keys in gates(tmp_path / "out", "keys"):
+        assert torch.equal(keys[:4], keys[4:])
+
+
+def test_keys_of_different_copies_that_coincide_are_counted_once(dense, mixture_recipe, tmp_path):
+    progress = Warnings()
+    recipe = mixture_recipe(num_experts=8, experts="split", key_statistic="mean")
+    reports = convert(open_source(str(dense("qwen2"))), recipe, tmp_path / "out", progress=progress).routers
+    # Four heads share two key-value heads.
+    assert [report.coinciding_keys for report in reports] == [2, 2, 2]
+    (message,) = [message for message in progress.messages if "coincide" in message]
+    assert "(layer 0: 2 of 4)" in message
+
+
+def test_dead_experts_count_over_all_that_are_routed_to(dense, recipe_for, tmp_path):
+    progress = Warnings()
+    # A standard deviation that leaves the first choice to one expert for nearly all tokens.
+    recipe = recipe_for("linear", num_experts_per_tok=1, num_zero_experts=12, calibration_tokens=64)
+    reports = convert(open_source(str(dense())), recipe, tmp_path / "out", progress=progress).routers
+    most = max(report.dead_experts for report in reports)
+    assert most > 0
+    assert any(f"(most: {most} of 16)" in message for message in progress.messages)
+
+
+def test_a_grouped_average_needs_equal_parts_of_the_token(dense, linear_recipe, tmp_path):
+    with pytest.raises(SettingsError, match=r"num_experts=6 does not divide hidden_size=64"):
+        convert(open_source(str(dense())), linear_recipe(router="grouped_average", num_experts=6), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("router", ["mixture", "linear", "mlp", "domain"])
+@torch.no_grad()
+def test_as_many_experts_as_there_may_be(dense, recipe_for, tmp_path, tokens, router):
+    folder = dense("qwen1.5", num_attention_heads=16, num_key_value_heads=16)
+    convert(open_source(str(folder)), recipe_for(router, num_experts=256, mlp_only_layers=[0, 1]), tmp_path / "out")
+    expected = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
+    assert (load(tmp_path / "out")(tokens).logits - expected).abs().max().item() <= TOLERANCE
