@@ -52,7 +52,7 @@ def check_fit(first: DenseSource, other: DenseSource) -> None:
         SourceError: if not; it names the first thing that differs.
     """
     expected, actual = _computation(first), _computation(other)
-    for name in (*COMPUTATION_FIELDS, *sorted(expected.keys() | actual.keys())):
+    for name in (*expected, *actual):
         if expected.get(name) != actual.get(name):
             raise _misfit(first, other, name, expected.get(name), actual.get(name))
     # Equal configurations give equal names and shapes; types are the files' own.

@@ -1,0 +1,160 @@
+"""What is said of the function of a fresh model, against its logits."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from upcycled_moe.conversion.convert import convert
+from upcycled_moe.conversion.plan import build_plan
+from upcycled_moe.conversion.source import open_source
+
+
+# Largest |Δlogit| in float32 for logits of order one.
+EXACT = 5e-6
+# What is not the same function is far away; noise of 1 % is not.
+DIFFERENT = {"approximate": (1e-4, 0.3), "none": (1e-2, 20)}
+
+SPLIT = {"num_experts": 8, "experts": "split", "num_experts_per_tok": 2}
+GROUPS = {"router_selection": "grouped_top_k"}
+PROTOTYPES = {"router_selection": "prototype_top_k"}
+
+CASES = {
+    "copy": ({}, "exact", "experts are copies"),
+    "one expert": ({"num_experts_per_tok": 1}, "exact", "experts are copies"),
+    "sigmoid scores": ({"router_score_function": "sigmoid"}, "exact", "experts are copies"),
+    "biased": ({"use_router_bias": True, "router_score_function": "sigmoid"}, "exact", "experts are copies"),
+    "top_p": ({"router_selection": "top_p", "router_top_p": 0.4, "num_experts_per_tok": 3}, "exact", "copies"),
+    "groups": ({**GROUPS, "num_expert_groups": 2}, "exact", "experts are copies"),
+    "prototypes": ({**PROTOTYPES, "num_expert_groups": 2}, "exact", "experts are copies"),
+    "mlp router": ({"router": "mlp"}, "exact", "experts are copies"),
+    "grouped average": ({"router": "grouped_average"}, "exact", "experts are copies"),
+    "some layers": ({"moe_layers": [1]}, "exact", "experts are copies"),
+    "not normalised": ({"norm_topk_prob": False}, "none", "norm_topk_prob=false"),
+    "expert choice": (
+        {"router_selection": "expert_choice", "num_experts_per_tok": 1},
+        "none",
+        "in training, tokens that no expert chooses skip the layer",
+    ),
+    "noise": ({"experts": "noise"}, "approximate", "noise of 0.01 standard deviations"),
+    "drop": ({"experts": "drop", "drop_ratio": 0.25}, "none", "0.25 of each expert's neurons are redrawn"),
+    "random": ({"experts": "random"}, "none", "experts are drawn at random"),
+    "random backbone": ({"backbone": "random"}, "none", "all but the experts is drawn at random"),
+    "zero experts": ({"num_zero_experts": 2}, "none", "without computation"),
+    "copy experts": ({"num_copy_experts": 2}, "none", "without computation"),
+    "constant experts": ({"num_constant_experts": 2}, "none", "without computation"),
+    "sigmoid shared": ({"shared_expert": "sigmoid"}, "exact", "experts are copies"),
+    "plain shared": ({"shared_expert": "plain"}, "exact", "experts are copies"),
+    "complement shared": ({"shared_expert": "complement"}, "exact", "experts are copies"),
+    "split": (SPLIT, "exact", "slices of a copy add up"),
+    "split in four": ({**SPLIT, "expert_granularity": 4, "num_experts_per_tok": 4}, "exact", "slices"),
+    "split in three": (
+        {**SPLIT, "num_experts": 6, "expert_granularity": 3, "num_experts_per_tok": 3},
+        "exact",
+        "slices",
+    ),
+    "split, four active": ({**SPLIT, "num_experts_per_tok": 4}, "exact", "slices"),
+    "split, mlp router": ({**SPLIT, "router": "mlp"}, "exact", "slices"),
+    "split, sigmoid": ({**SPLIT, "router_score_function": "sigmoid"}, "exact", "slices"),
+    "split, not normalised": ({**SPLIT, "norm_topk_prob": False}, "none", "norm_topk_prob=false"),
+    "split, part of a copy": (
+        {**SPLIT, "num_experts_per_tok": 3},
+        "none",
+        "num_experts_per_tok=3 is not a multiple of the 2 slices",
+    ),
+    "split, top_p": (
+        {**SPLIT, "router_selection": "top_p", "router_top_p": 0.2, "num_experts_per_tok": 4},
+        "none",
+        "router_selection=top_p may select some slices",
+    ),
+    "split, a group a slice": ({**SPLIT, **GROUPS, "num_expert_groups": 2}, "exact", "slices"),
+    "split, two groups a slice": (
+        {**SPLIT, **GROUPS, "num_expert_groups": 4, "num_experts_per_tok": 4},
+        "exact",
+        "slices",
+    ),
+    "split, two slices a group": (
+        {**SPLIT, **GROUPS, "expert_granularity": 4, "num_expert_groups": 2, "num_experts_per_tok": 4},
+        "exact",
+        "slices",
+    ),
+    "split, groups across": (
+        {**SPLIT, **GROUPS, "num_experts": 12, "num_expert_groups": 3, "num_experts_per_tok": 6},
+        "none",
+        "num_expert_groups=3 cut through the 2 kinds of slices",
+    ),
+    "split, a prototype a slice": ({**SPLIT, **PROTOTYPES, "num_expert_groups": 2}, "exact", "slices"),
+    "split, two slices a prototype": (
+        {**SPLIT, **PROTOTYPES, "expert_granularity": 4, "num_expert_groups": 2, "num_experts_per_tok": 4},
+        "exact",
+        "slices",
+    ),
+    "split, sigmoid shared": ({**SPLIT, "shared_expert": "sigmoid"}, "exact", "slices"),
+    "split, plain shared": ({**SPLIT, "shared_expert": "plain"}, "exact", "slices"),
+    "split, complement shared": ({**SPLIT, "shared_expert": "complement"}, "exact", "slices"),
+}
+
+
+@torch.no_grad()
+def logits(folder, tokens, *, train=False, dtype=torch.float32):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).train(train)
+    return model(tokens).logits
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(("settings", "level", "reason"), CASES.values(), ids=CASES)
+def test_what_is_said_is_what_is_measured(dense, linear_recipe, tmp_path, tokens, family, settings, level, reason):
+    folder = dense(family)
+    plan = convert(open_source(str(folder)), linear_recipe(**settings), tmp_path / "out").plan
+    assert plan.preserves_function == level
+    assert reason in plan.preservation_reason
+    assert plan.to_dict()["preservation_reason"] == plan.preservation_reason
+    expected = logits(folder, tokens)
+    assert 0.5 < expected.abs().max() < 5
+    # The choice of experts is one in training only; there is no dropout.
+    is_training = plan.config.router_selection == "expert_choice"
+    difference = (logits(tmp_path / "out", tokens, train=is_training) - expected).abs().max().item()
+    if level == "exact":
+        assert difference <= EXACT
+    else:
+        least, most = DIFFERENT[level]
+        assert least < difference < most
+
+
+def test_several_models_are_none_of_them(dense, linear_recipe, tmp_path, tokens):
+    folders = [dense(seed=seed) for seed in range(2)]
+    recipe = linear_recipe(expert_sources=[str(folders[1])])
+    plan = convert(open_source(str(folders[0])), recipe, tmp_path / "out").plan
+    assert (plan.preserves_function, plan.preservation_reason) == ("none", "it joins 2 dense models")
+    actual = logits(tmp_path / "out", tokens)
+    assert all((actual - logits(folder, tokens)).abs().max() > 0.01 for folder in folders)
+
+
+@pytest.mark.parametrize(("granularity", "level"), [(2, "exact"), (3, "approximate"), (4, "exact")])
+def test_slices_times_three_round_in_sixteen_bits(dense, linear_recipe, tmp_path, tokens, granularity, level):
+    folder = dense("qwen2", dtype=torch.bfloat16)
+    recipe = linear_recipe(
+        experts="split", expert_granularity=granularity, num_experts=12, num_experts_per_tok=granularity
+    )
+    plan = convert(open_source(str(folder)), recipe, tmp_path / "out").plan
+    assert plan.preserves_function == level
+    difference = (logits(tmp_path / "out", tokens) - logits(folder, tokens)).abs().max().item()
+    assert (difference <= EXACT) == (level == "exact")
+    if level == "approximate":
+        assert "down projections times 3 are rounded to 16 bits" in plan.preservation_reason
+        assert difference < 0.1
+
+
+def test_noise_grows_with_its_setting(dense, linear_recipe, tmp_path, tokens):
+    differences = []
+    for noise in (0.001, 0.01, 0.1):
+        out = tmp_path / str(noise)
+        convert(open_source(str(dense())), linear_recipe(experts="noise", expert_noise=noise), out)
+        differences.append((logits(out, tokens) - logits(dense(), tokens)).abs().max().item())
+    assert differences == sorted(differences)
+    assert differences[1] / differences[0] == pytest.approx(10, rel=0.2)
+
+
+def test_no_weight_is_read_to_say_so(dense, linear_recipe, monkeypatch):
+    source = open_source(str(dense()))
+    monkeypatch.setattr(type(next(iter(source.tensors.values()))), "load", lambda tensor: pytest.fail("read a weight"))
+    assert build_plan(source, linear_recipe(**SPLIT)).preserves_function == "exact"
