@@ -194,6 +194,10 @@ class UpcycledQwenMoeConfig(Qwen3Config):
             for pattern, style in type(self).base_model_tp_plan.items()
             if not any(name in pattern for name in absent)
         }
+        if self.has_empty_slots and "ep_router" in self.base_model_ep_plan.values():
+            # Before 5.20 Transformers renumbers what a router returns, and would take an empty slot for an expert.
+            # Without a plan it refuses expert parallelism.
+            self.base_model_ep_plan = None
         super().__post_init__(**kwargs)
         # A re-saved checkpoint must name all four classes, not only the one that saved it, and in its own files, also
         # where Transformers has put the Hub repository that it was loaded from before the names.

@@ -7,7 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
 
+from modeling_upcycled_moe import UpcycledQwenMoeConfig
+
+
+# Renumbers what a router returns, and takes an empty slot for an expert.
+OLD_EXPERT_PARALLELISM = Version(transformers.__version__) < Version("5.20")
 
 MODELS = {
     "mixture": {},
@@ -26,6 +33,8 @@ MODELS = {
         "shared_expert_intermediate_size": 24,
         "shared_expert_gating": "plain",
     },
+    "top p": {"router_selection": "top_p", "router_top_p": 0.5},
+    "without computation": {"num_copy_experts": 1, "num_constant_experts": 1},
     "complement": {"shared_expert_intermediate_size": 24, "shared_expert_gating": "complement"},
 }
 
@@ -34,7 +43,12 @@ MODELS = {
 @pytest.mark.parametrize("plan", ["tensor", "expert"])
 def test_two_processes_compute_what_one_does(make_moe, tmp_path, plan):
     folders = []
-    for name, fields in MODELS.items():
+    models = MODELS
+    if plan == "expert" and OLD_EXPERT_PARALLELISM:
+        models = {
+            name: fields for name, fields in MODELS.items() if not UpcycledQwenMoeConfig(**fields).has_empty_slots
+        }
+    for name, fields in models.items():
         folders.append(str(tmp_path / name))
         make_moe(router_aux_loss_coef=0.3, router_z_loss_coef=0.1, **fields).save_pretrained(folders[-1])
     report_path = tmp_path / "report.json"
@@ -52,15 +66,25 @@ def test_two_processes_compute_what_one_does(make_moe, tmp_path, plan):
     assert "were not applied" not in process.stderr
 
     reports = json.loads(report_path.read_text())
-    assert reports.keys() == MODELS.keys()
+    assert reports.keys() == models.keys()
     for name, report in reports.items():
         assert report["processes"] == 2
         expected_shards = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
         if plan == "tensor":
             expected_shards |= {"self_attn.q_proj.weight", "self_attn.o_proj.weight"}
-            if "shared_expert_intermediate_size" in MODELS[name]:
+            if "shared_expert_intermediate_size" in models[name]:
                 expected_shards.add("mlp.shared_expert.down_proj.weight")
         assert expected_shards <= set(report["sharded"])
         assert report["logits"] <= 1e-5
         assert report["loss"] <= 1e-5
         assert [name for name, difference in report["gradients"].items() if difference > 1e-5] == []
+
+
+@pytest.mark.parametrize(
+    "fields", [{"router_selection": "top_p", "router_top_p": 0.5}, {"num_zero_experts": 1}], ids=str
+)
+def test_expert_parallelism_that_knows_no_empty_slots_is_not_offered(fields):
+    has_plan = UpcycledQwenMoeConfig(**fields).base_model_ep_plan is not None
+
+    assert has_plan == (not OLD_EXPERT_PARALLELISM)
+    assert UpcycledQwenMoeConfig().base_model_ep_plan is not None
