@@ -83,7 +83,7 @@ class DenseSource:
         revision: commit of the Hub repository, if it came from there.
         config: the dense model's configuration.
         tensors: every tensor by name, in the order of the files.
-        has_weights: whether the files of the weights are there, or only their headers were read.
+        headers_only: opened for a plan, so that the files of the weights need not be there.
     """
 
     name: str
@@ -91,7 +91,7 @@ class DenseSource:
     revision: str | None
     config: Any
     tensors: dict[str, SourceTensor] = field(repr=False)
-    has_weights: bool = True
+    headers_only: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -140,7 +140,7 @@ def open_source(model: str, revision: str | None = None, *, weights: bool = True
     tensors = _read_headers(folder, repository)
     _check_tensors(model, config, tensors)
     return DenseSource(
-        name=model, folder=folder, revision=commit, config=config, tensors=tensors, has_weights=repository is None
+        name=model, folder=folder, revision=commit, config=config, tensors=tensors, headers_only=not weights
     )
 
 

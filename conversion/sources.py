@@ -32,14 +32,14 @@ WAY_OUT = "give checkpoints that were trained from one model"
 def open_sources(source: DenseSource, recipe: ConversionRecipe) -> tuple[DenseSource, ...]:
     """Return all dense checkpoints of a conversion: `source`, and what `recipe.expert_sources` names.
 
-    Their weights are downloaded if those of `source` are there; no weight is read.
+    Weights are downloaded unless `source` was opened without; none is read.
 
     Raises:
         SourceError: if one cannot be opened, or does not fit `source`.
     """
     sources = [source]
     for name in recipe.expert_sources:
-        other = open_source(name, weights=source.has_weights)
+        other = open_source(name, weights=not source.headers_only)
         check_fit(source, other)
         sources.append(other)
     return tuple(sources)

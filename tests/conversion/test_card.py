@@ -79,6 +79,47 @@ def test_a_parent_on_the_hub_is_linked(dense, linear_recipe):
     assert card.text.startswith("\n# Qwen2.5-0.5B-4x-MoE") or card.text.startswith("# Qwen2.5-0.5B-4x-MoE")
 
 
+@pytest.mark.parametrize(
+    ("settings", "text", "paper"),
+    [
+        ({}, "**Freshly converted:** it computes what its parent computes.", None),
+        (
+            {"experts": "noise"},
+            "it computes nearly what its parent computes: experts are copies with noise of 0.01 standard deviations.",
+            None,
+        ),
+        (
+            {"experts": "drop"},
+            "it does not compute what its parent computes: 0.5 of each expert's neurons are redrawn. It has to be",
+            "2502.19261",
+        ),
+        ({"experts": "split"}, "**Freshly converted:** it computes what its parent computes.", "2410.07524"),
+        ({"shared_expert": "plain"}, "initialised by `copy`; a shared one beside them (`plain`) |", None),
+    ],
+)
+def test_the_card_says_what_the_fresh_model_is(dense, linear_recipe, settings, text, paper):
+    from upcycled_moe.conversion.card import render_card
+
+    card = ModelCard(render_card(build_plan(open_source(str(dense())), linear_recipe(**settings)), None))
+    assert text in card.text
+    papers = [tag for tag in card.data.tags if tag.startswith("arxiv:")]
+    assert papers == ["arxiv:2212.05055", *([f"arxiv:{paper}"] if paper else [])]
+
+
+@pytest.mark.parametrize("licences", [("apache-2.0", "apache-2.0"), ("apache-2.0", "other"), ("apache-2.0", None)])
+def test_only_a_licence_of_all_parents_is_the_results(dense, linear_recipe, tmp_path, licences):
+    from upcycled_moe.conversion.card import render_card
+
+    folders = []
+    for number, licence in enumerate(licences):
+        folders.append(shutil.copytree(dense(seed=number), tmp_path / str(number)))
+        if licence:
+            (folders[-1] / "README.md").write_text(f"---\nlicense: {licence}\n---\n", encoding="utf-8")
+    plan = build_plan(open_source(str(folders[0])), linear_recipe(expert_sources=[str(folders[1])]))
+    licence = ModelCard(render_card(plan, None)).data.license
+    assert licence == ("apache-2.0" if len(set(licences)) == 1 else None)
+
+
 def test_the_card_of_a_random_router_names_its_own_method(dense, linear_recipe, tmp_path):
     card = convert(open_source(str(dense())), linear_recipe(), tmp_path / "out").folder / "README.md"
     assert "vanilla upcycling" in card.read_text()

@@ -185,6 +185,61 @@ def test_the_weights_depend_on_neither_shards_nor_threads(dense, mixture_recipe,
         assert same_weights(tmp_path / "reference", tmp_path / name), name
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"experts": "noise", "shared_expert": "plain"},
+        {"experts": "drop"},
+        {"experts": "split", "num_experts": 8},
+        {"experts": "random", "backbone": "random", "num_constant_experts": 2},
+    ],
+    ids=["noise", "drop", "split", "random"],
+)
+def test_what_is_computed_depends_on_the_seed_alone(dense, linear_recipe, tmp_path, settings):
+    source = open_source(str(dense("qwen2", dtype=torch.bfloat16)))
+    sharded = open_source(str(dense("qwen2", dtype=torch.bfloat16, max_shard_size="50KB")))
+    convert(source, linear_recipe(**settings), tmp_path / "reference")
+    torch.manual_seed(1234)
+    convert(source, linear_recipe(**settings), tmp_path / "again")
+    assert folder_hashes(tmp_path / "reference") == folder_hashes(tmp_path / "again")
+    convert(source, linear_recipe(**settings, max_shard_size="50KB"), tmp_path / "shards")
+    convert(sharded, linear_recipe(**settings), tmp_path / "sharded-source")
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(num_threads + 1)
+    try:
+        convert(source, linear_recipe(**settings), tmp_path / "threads")
+    finally:
+        torch.set_num_threads(num_threads)
+    for name in ("shards", "sharded-source", "threads"):
+        assert same_weights(tmp_path / "reference", tmp_path / name), name
+    if settings["experts"] != "split":
+        convert(source, linear_recipe(**settings, seed=1), tmp_path / "other")
+        reference, other = weights(tmp_path / "reference"), weights(tmp_path / "other")
+        different = {name.split(".", 3)[-1] for name in reference if not torch.equal(reference[name], other[name])}
+        assert {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"} <= different
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared_expert", ["sigmoid", "plain", "complement"])
+@pytest.mark.parametrize("router", ["linear", "mixture"])
+def test_a_shared_expert_has_its_share(dense, mixture_recipe, tmp_path, tokens, shared_expert, router):
+    """The function is preserved, and both the shared and the routed experts have a part in it."""
+    folder = dense("qwen2")
+    recipe = mixture_recipe(router=router, shared_expert=shared_expert)
+    convert(open_source(str(folder)), recipe, tmp_path / "out")
+    expected = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
+    assert (load(tmp_path / "out")(tokens).logits - expected).abs().max().item() <= TOLERANCE
+    for silenced in ("shared_expert.down_proj.weight", "experts.down_proj"):
+        model = load(tmp_path / "out")
+        for name, parameter in model.named_parameters():
+            if name.endswith(f"mlp.{silenced}"):
+                parameter.zero_()
+        assert (model(tokens).logits - expected).abs().max().item() > 0.01, silenced
+    gates = [tensor for name, tensor in weights(tmp_path / "out").items() if "shared_expert_gate" in name]
+    assert len(gates) == (3 if shared_expert == "sigmoid" else 0)
+    assert all((gate == 0).all() and gate.shape == (1, 64) for gate in gates)
+
+
 def test_another_seed_draws_another_linear_router_only(dense, linear_recipe, tmp_path):
     source = open_source(str(dense()))
     convert(source, linear_recipe(seed=0), tmp_path / "zero")

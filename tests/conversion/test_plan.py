@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.conversion.convert import convert
-from upcycled_moe.conversion.plan import build_plan, router_plans
+from upcycled_moe.conversion.plan import BASE_MEMORY_BYTES, build_plan, router_plans
 from upcycled_moe.conversion.recipe import ConversionRecipe
 from upcycled_moe.conversion.source import expected_shapes, open_source
 
@@ -137,6 +137,11 @@ def test_a_tied_head_counts_once_and_is_multiplied_with(dense, linear_recipe):
         ({"num_experts_per_tok": 0}, "num_experts_per_tok=0 must be at least 1."),
         ({"mlp_only_layers": [3]}, "mlp_only_layers names [3], but layers run from 0 to 2."),
         ({"mlp_only_layers": [0, 1, 2]}, "No layer has experts"),
+        ({"moe_layers": [1, 3]}, "moe_layers names [3], but layers run from 0 to 2."),
+        ({"moe_layers": [-1]}, "moe_layers names [-1], but layers run from 0 to 2."),
+        ({"moe_layers": []}, "moe_layers=[] leaves no layer with experts; name at least one, or leave it out"),
+        ({"moe_layers": [2, 1, 2]}, "moe_layers names [2] more than once; name each layer once."),
+        ({"shared_expert": "complement", "norm_topk_prob": False}, "shared_expert_gating='complement'"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step=0 must be at least 1"),
         ({"decoder_sparse_step": 4}, "No layer has experts"),
         ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef=-1.0 is outside [0, inf)"),
@@ -156,6 +161,82 @@ def test_what_does_not_fit_the_model_is_refused_before_a_weight_is_read(
         build_plan(source, linear_recipe(**settings))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"shared_expert": "sigmoid"},
+        {"shared_expert": "plain", "experts": "split", "num_experts": 8, "expert_granularity": 4},
+        {"num_constant_experts": 2, "num_zero_experts": 3, "num_experts_per_tok": 5, "moe_layers": [2]},
+        {"use_router_bias": True, "router_score_function": "sigmoid", "moe_layers": [0, 2]},
+        {"router_selection": "top_p", "router_top_p": 0.5, "num_copy_experts": 1, "experts": "noise"},
+        {"backbone": "random", "experts": "random", "router": "mlp"},
+        {"router": "grouped_average"},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_loaded_model_has_is_what_was_planned(dense, linear_recipe, tmp_path, settings, dtype):
+    recipe = linear_recipe(**settings)
+    source = open_source(str(dense("qwen2", dtype=dtype)))
+    plan = convert(source, recipe, tmp_path / "out").plan
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    saved = model.state_dict()
+    assert {tensor.name: tensor.shape for tensor in plan.tensors} == {
+        name: tuple(saved[name].shape) for name in saved.keys() - {"lm_head.weight"}
+    }
+    biases = [tensor for tensor in plan.tensors if not tensor.is_parameter]
+    assert len(biases) == len(plan.config.moe_layers) * recipe.use_router_bias
+    assert all((tensor.dtype, tensor.shape) == ("F32", (recipe.num_experts,)) for tensor in biases)
+    assert all((saved[tensor.name] == 0).all() for tensor in biases)
+    if recipe.moe_layers:
+        assert model.config.moe_layers == recipe.moe_layers
+    numbers = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    routed = sum(number for name, number in numbers.items() if ".experts." in name)
+    constant = sum(number for name, number in numbers.items() if ".constant_experts." in name)
+    assert plan.total_parameters == sum(numbers.values())
+    active = min(recipe.num_experts_per_tok, recipe.num_experts)
+    assert plan.active_parameters == sum(numbers.values()) - constant - routed * (recipe.num_experts - active) // (
+        recipe.num_experts
+    )
+
+
+def test_a_shared_expert_costs_what_a_dense_ffn_costs(dense, linear_recipe):
+    source = open_source(str(dense()))
+    without, plain, sigmoid = (
+        build_plan(source, linear_recipe(shared_expert=kind)) for kind in ("none", "plain", "sigmoid")
+    )
+    ffns, gates = 3 * 3 * 96 * 64, 3 * 64
+    assert plain.active_parameters - without.active_parameters == ffns
+    assert sigmoid.active_parameters - plain.active_parameters == gates
+    assert sigmoid.flops_per_token - without.flops_per_token == 2 * (ffns + gates)
+
+
+def test_slices_cost_what_the_copy_costs(dense, linear_recipe):
+    source = open_source(str(dense()))
+    copies = build_plan(source, linear_recipe(num_experts=4, num_experts_per_tok=2))
+    slices = build_plan(source, linear_recipe(num_experts=8, num_experts_per_tok=4, experts="split"))
+    more_rows = 3 * 4 * 64
+    assert slices.total_parameters - copies.total_parameters == more_rows
+    assert slices.active_parameters - copies.active_parameters == more_rows
+    assert slices.config.moe_intermediate_size == 48
+
+
+def test_memory_holds_the_largest_matrix_that_is_computed(dense, linear_recipe):
+    source = open_source(str(dense()))
+
+    def computed(**settings):
+        return build_plan(source, linear_recipe(**settings)).peak_memory_bytes - BASE_MEMORY_BYTES
+
+    matrix_bytes = 3 * 4 * 96 * 64
+    assert computed() == 0
+    assert computed(experts="noise") == computed(experts="drop") == computed(experts="random") == matrix_bytes
+    assert computed(experts="split") == matrix_bytes // 2
+    assert computed(shared_expert="plain") == matrix_bytes
+    assert computed(backbone="random") == 3 * 4 * 320 * 64
 
 
 def test_text_without_a_tokenizer_is_refused(dense, mixture_recipe):

@@ -150,9 +150,9 @@ def test_a_plan_without_weights_asks_for_none_of_the_others(dense, linear_recipe
         return open_source(model, revision, weights=weights)
 
     monkeypatch.setattr("upcycled_moe.conversion.sources.open_source", record)
-    source, other = open_source(str(dense())), str(dense(seed=1))
-    for has_weights in (True, False):
-        object.__setattr__(source, "has_weights", has_weights)
+    other = str(dense(seed=1))
+    for weights in (True, False):
+        source = open_source(str(dense()), weights=weights)
         assert [opened.name for opened in open_sources(source, linear_recipe(expert_sources=[other]))] == [
             source.name,
             other,

@@ -2,6 +2,7 @@ import errno
 import os
 import shutil
 import subprocess
+import weakref
 from collections import namedtuple
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import torch
 from dense_checkpoints import folder_hashes
 
 from upcycled_moe.conversion import writer
+from upcycled_moe.conversion.contents import Computed, FileBytes, joined, paired, scaled
 from upcycled_moe.conversion.convert import convert
-from upcycled_moe.conversion.experts import FileBytes
 from upcycled_moe.conversion.plan import PlannedTensor, build_plan
 from upcycled_moe.conversion.source import open_source
 from upcycled_moe.conversion.writer import OutputError, check_output, staged, write_weights
@@ -193,6 +194,66 @@ def test_the_bytes_do_not_depend_on_the_buffer(dense, tmp_path, monkeypatch, buf
     one = gate.path.read_bytes()[gate.offset :][:700] + up.path.read_bytes()[up.offset + 1400 :][:1300]
     assert (tmp_path / "file").read_bytes() == bytes(10) + one * 3
     assert sum(advances) == 6000
+
+
+def write_parts(path, shape, content, dtype="F32"):
+    """Write one tensor and return its bytes, having checked that progress counts them."""
+    advances = []
+    with path.open("wb") as file:
+        planned = PlannedTensor("experts", dtype, shape, content)
+        written = writer._write_content(file.fileno(), 0, planned, content, advances.append)
+    assert written == sum(advances) == path.stat().st_size == planned.num_bytes
+    return path.read_bytes()
+
+
+def test_parts_are_made_one_at_a_time_and_written_in_their_order(tmp_path):
+    alive = []
+
+    def make(number):
+        assert all(reference() is None for reference in alive), "the part before is still in memory"
+        tensor = torch.full((2, 3), float(number))
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    content = joined(*(Computed((2, 3), make, (number,)) for number in range(4)))
+    assert not alive
+    written = write_parts(tmp_path / "file", (4, 2, 3), content)
+    assert len(alive) == 4
+    assert written == torch.arange(4.0).repeat_interleave(6).numpy().tobytes()
+
+
+def test_equal_parts_in_a_row_are_computed_once(tmp_path):
+    calls = []
+
+    def make(number):
+        calls.append(number)
+        return torch.full((5,), float(number))
+
+    content = joined(*(Computed((5,), make, (number,)) for number in (1, 1, 1, 2, 1)))
+    written = write_parts(tmp_path / "file", (5, 5), content, dtype="BF16")
+    assert calls == [1, 2, 1]
+    expected = torch.tensor([1.0, 1, 1, 2, 1], dtype=torch.bfloat16).repeat_interleave(5)
+    assert written == expected.view(torch.uint8).numpy().tobytes()
+
+
+def test_bytes_of_the_source_and_computed_parts_mix(dense, tmp_path):
+    tensors = open_source(str(dense())).layer(0)
+    gate, up = tensors["mlp.gate_proj.weight"], tensors["mlp.up_proj.weight"]
+    computed = Computed(gate.shape, torch.ones, (gate.shape,))
+    halves = [FileBytes(((gate, number * gate.num_bytes // 2, gate.num_bytes // 2),)) for number in range(2)]
+    pair = paired(FileBytes.whole(gate), FileBytes.whole(up))
+    content = joined(pair, pair, computed, *halves, *halves, scaled(FileBytes.whole(up), 0.5))
+    assert [getattr(part, "repeats", None) for part in content] == [2, None, 1, 1, 1, 1, None]
+    written = write_parts(tmp_path / "file", (8, *gate.shape), content)
+    expected = [gate.load(), up.load()] * 2 + [torch.ones(gate.shape)] + [gate.load()] * 2 + [up.load() / 2]
+    assert written == torch.stack(expected).numpy().tobytes()
+
+
+def test_a_part_of_the_wrong_size_is_noticed(plan, contents, tmp_path):
+    name = next(iter(contents))
+    contents[name] = (Computed((1,), torch.ones, ((1,),)),)
+    with pytest.raises(AssertionError, match=r"wrote 4 of \d+ bytes"):
+        write_weights(plan, contents, tmp_path)
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
