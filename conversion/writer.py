@@ -19,8 +19,9 @@ from ..common.settings import SettingsError
 from .contents import Content as PlannedContent
 from .contents import FileBytes
 from .numbers import format_bytes
-from .plan import ConversionPlan, PlannedTensor, Shard
+from .plan import ConversionPlan, Shard
 from .source import DTYPES
+from .tensors import PlannedTensor
 
 
 BUFFER_BYTES = 1024**2

@@ -13,8 +13,9 @@ from dense_checkpoints import folder_hashes
 from upcycled_moe.conversion import writer
 from upcycled_moe.conversion.contents import Computed, FileBytes, joined, paired, scaled
 from upcycled_moe.conversion.convert import convert
-from upcycled_moe.conversion.plan import PlannedTensor, build_plan
+from upcycled_moe.conversion.plan import build_plan
 from upcycled_moe.conversion.source import open_source
+from upcycled_moe.conversion.tensors import PlannedTensor
 from upcycled_moe.conversion.writer import OutputError, check_output, staged, write_weights
 
 
