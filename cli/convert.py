@@ -89,17 +89,15 @@ def _check_not_dense(out: Path) -> None:
 
 def print_result(result: "ConversionResult") -> None:
     """Print what was written and what the fresh routers do."""
-    from rich.table import Table
-
     from ..conversion.numbers import format_bytes, format_count
-    from .console import stdout_console
+    from .console import results_table, stdout_console
 
     console, plan = stdout_console(), result.plan
     if result.routers is not None:
-        experts = plan.config.num_experts
-        table = Table(title=f"Fresh routers on {plan.recipe.num_calibrated_tokens:,} tokens", title_justify="left")
-        for column in ("Layer", "Logit std", "Entropy", "Least load", "Most load", "Dead experts"):
-            table.add_column(column, justify="right")
+        experts = plan.config.num_routed_experts
+        columns = ("Layer", "Logit std", "Entropy", "Least load", "Most load", "Dead experts")
+        title = f"Fresh routers on {plan.recipe.num_calibrated_tokens:,} tokens"
+        table = results_table(title, *columns, numbers=columns)
         for row in result.routers:
             table.add_row(
                 str(row.layer),

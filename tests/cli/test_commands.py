@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,77 @@ def test_a_plan_for_people(upcycled_moe, dense, calibration):
         "Free disk",
     ):
         assert text in out
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        ([], ["MoE layers 3 of 3", "Experts 4 a layer, 2 active: copies of the FFN"]),
+        (["--moe-layers", 0, 2], ["MoE layers 2 of 3: 0, 2"]),
+        (
+            ["--experts", "noise"],
+            ["with noise of 0.01 standard deviations", "function approximate: experts are copies w"],
+        ),
+        (["--experts", "drop", "--drop-ratio", 0.25], ["copies of the FFN with 0.25 of its neurons redrawn"]),
+        (["--experts", "split"], ["4 a layer, 2 active: 2 copies of the FFN, each in 2 slices 48 wide"]),
+        (
+            ["--experts", "random", "--backbone", "random"],
+            ["2 active: drawn at random", "Other weights drawn at random"],
+        ),
+        (["--shared-expert", "sigmoid"], ["a copy of the FFN, weight by a sigmoid gate, routed outputs halved"]),
+        (["--shared-expert", "plain"], ["a copy of the FFN, weight 1, routed and shared outputs halved"]),
+        (
+            ["--shared-expert", "complement"],
+            ["Shared expert a copy of the FFN, weight 1 - highest probability Selection"],
+        ),
+        (["--num-zero-experts", 1, "--num-constant-experts", 2], ["Free experts 1 zero, 2 constant"]),
+        (["--no-norm-topk-prob"], ["Selection softmax, top 2, weights are the scores", "norm_topk_prob=false"]),
+        (
+            ["--router-selection", "grouped_top_k", "--num-expert-groups", 2],
+            ["softmax, top 1 of each of 2 groups, weights sum to one"],
+        ),
+        (
+            ["--router-selection", "prototype_top_k", "--num-expert-groups", 2],
+            ["softmax within each of 2 groups, top 1 of each, weights sum to one"],
+        ),
+        (
+            ["--router-selection", "top_p", "--router-top-p", 0.4],
+            ["4 a layer, at most 2 active", "softmax, the best until they sum to 0.4, at most 2"],
+        ),
+        (["--router-selection", "expert_choice"], ["softmax, experts choose in training, else top 2"]),
+        (
+            ["--use-router-bias", "--router-score-function", "sigmoid", "--router-jitter-noise", 0.01],
+            ["sigmoid, top 2, weights sum to one, balanced by a bias, jitter of 0.01 in training"],
+        ),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if value and str(value[0]).startswith("--") else "",
+)
+def test_a_plan_says_what_is_special(upcycled_moe, dense, options, lines):
+    status, out, err = upcycled_moe("plan", dense, "--router", "linear", "--num-experts", 4, *options)
+    assert (status, err) == (0, "")
+    text = " ".join(out.split())
+    for line in lines:
+        assert line in text
+
+
+def test_a_plan_of_several_models(upcycled_moe, dense):
+    options = ["--expert-sources", dense, dense, dense, "--num-experts", 8, "--router", "linear"]
+    status, out, err = upcycled_moe("plan", dense, *options)
+    assert (status, err) == (0, "")
+    assert f"More sources {dense}, {dense}, {dense}" in " ".join(out.split())
+    assert "copies of the FFN, from 4 sources in equal shares" in out
+    assert "Other weights           the mean of all sources" in out
+
+
+def test_a_plan_fits_a_narrow_terminal(upcycled_moe, dense, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = upcycled_moe("plan", dense, "--router", "linear", "--num-experts", 4, "--shared-expert", "plain")
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
+    assert all(len(line) <= 80 for line in plain.splitlines())
+    for name in ("post_attention_layernorm.weight", "mlp.shared_expert.gate_proj.weight"):
+        assert f"model.layers.N.{name} " in plain
 
 
 def test_convert_for_people(upcycled_moe, dense, calibration, tmp_path):
