@@ -133,24 +133,31 @@ def locality_losses(
     return _stack(losses)
 
 
+def computed_losses(config) -> list[str]:
+    """Return the names of the losses that `router_losses` gives: balance and z-loss, and others that have a weight."""
+    return [
+        name
+        for name, coefficient in ROUTER_LOSSES.items()
+        if name in ("aux_loss", "z_loss") or getattr(config, coefficient) > 0
+    ]
+
+
 def router_losses(
     config,
     router_logits: tuple[torch.Tensor, ...],
     selected_experts: tuple[torch.Tensor, ...],
     attention_mask: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Return the losses [L] by their names in `ROUTER_LOSSES`, not weighted.
-
-    Balance and z-loss always; those of special routers if they have a weight.
-    """
+    """Return the losses [L] of `computed_losses` by their names, not weighted."""
+    names = computed_losses(config)
     probabilities = tuple(routing_probabilities(logits, config) for logits in router_logits)
     losses = {
         "aux_loss": load_balancing_losses(probabilities, selected_experts, attention_mask),
         "z_loss": router_z_losses(router_logits, attention_mask),
     }
-    if config.router_entropy_loss_coef > 0:
+    if "entropy_loss" in names:
         losses["entropy_loss"] = router_entropy_losses(probabilities, attention_mask)
-    if config.router_locality_loss_coef > 0:
+    if "locality_loss" in names:
         # `torchrun` and `accelerate launch` number the nodes so; a single process is on the first.
         node = int(os.environ.get("GROUP_RANK", "0"))
         losses["locality_loss"] = locality_losses(probabilities, config.expert_nodes, node, attention_mask)
@@ -163,6 +170,7 @@ def _stack(losses: list[torch.Tensor]) -> torch.Tensor:
 
 __all__ = [
     "ROUTER_LOSSES",
+    "computed_losses",
     "load_balancing_losses",
     "locality_losses",
     "router_entropy_losses",

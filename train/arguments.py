@@ -45,6 +45,15 @@ class ModelArguments:
     router_z_loss_coef: float | None = field(
         default=None, metadata=_help("Weight of the router z-loss, if not the model's.")
     )
+    router_entropy_loss_coef: float | None = field(
+        default=None, metadata=_help("Weight of the routing entropy, if not the model's.")
+    )
+    router_locality_loss_coef: float | None = field(
+        default=None, metadata=_help("Weight of the locality loss, if not the model's.")
+    )
+    router_bias_update_rate: float | None = field(
+        default=None, metadata=_help("How far a step moves the selection biases, if not as the model says.")
+    )
     router_jitter_noise: float | None = field(
         default=None, metadata=_help("Noise on the router's input, if not the model's.")
     )

@@ -16,7 +16,14 @@ from .arguments import ModelArguments
 
 # What the checkpoint to start from says of its origin and terms.
 CARRIED_FILES = ("upcycling.json", "LICENSE*", "NOTICE*")
-CONFIG_FIELDS = ("router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise")
+CONFIG_FIELDS = (
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "router_entropy_loss_coef",
+    "router_locality_loss_coef",
+    "router_bias_update_rate",
+    "router_jitter_noise",
+)
 
 
 def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:

@@ -7,12 +7,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import SchedulerType, Trainer
+from transformers import SchedulerType, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from modeling_upcycled_moe.losses_upcycled_moe import load_balancing_losses, router_z_losses, token_weights
+from modeling_upcycled_moe.losses_upcycled_moe import (
+    ROUTER_LOSSES,
+    computed_losses,
+    router_losses,
+    token_weights,
+)
 
 from ..common.routing import RouterStatistics, sum_dtype
+from ..common.settings import SettingsError
 from .data import IGNORED_LABEL, collate_blocks
 from .metrics import mean_over_layers, router_log
 from .schedule import step_decay_schedule
@@ -24,30 +30,56 @@ class UpcyclingTrainer(Trainer):
     It logs, at each of `logging_steps`, means over the tokens of all steps since the last log:
 
     * `lm_loss`: `loss` without the router losses.
-    * `router/layer_NN/...`: the two router losses of each MoE layer, not weighted, as `aux_loss` and `z_loss`, and
+    * `router/layer_NN/...`: the router losses of each MoE layer, not weighted, as `aux_loss`, `z_loss` and so on, and
       the figures of `common/routing.py`, with the load of each expert as `load/expert_NN`; `router/...`: their means
       over layers.
     * `tokens_per_second`: over all processes, without the time for evaluation and saving.
 
     and at each evaluation `eval_<domain>_loss` and `_perplexity` of the language-modeling loss alone, with `eval_loss`
     and `eval_perplexity` over the tokens of all domains.
+
+    Routers with `use_router_bias` have their biases moved after each step, by the loads of all its tokens.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, data_collator=kwargs.pop("data_collator", collate_blocks), **kwargs)
         # Dense models have no MoE layers. The class is not asked for: remote code would be another one.
         self.moe_layers = list(getattr(self.model.config, "moe_layers", []))
+        self.loss_names = computed_losses(self.model.config) if self.moe_layers else []
         # The first micro-batch starts the clock.
         self._clock_start: float | None = None
         self._reset_train_sums()
+        if self.moe_layers and self.model.config.use_router_bias:
+            self._check_biases_can_be_loaded()
+            self.add_callback(_RouterBiasCallback(self))
 
     def _reset_train_sums(self) -> None:
         device = self.args.device
-        # Tokens, targets, and the sums over targets of the two router losses of each layer.
-        self._train_sums = torch.zeros(2 + 2 * len(self.moe_layers), device=device, dtype=sum_dtype(device))
-        self._router_statistics = RouterStatistics(
-            len(self.moe_layers), getattr(self.model.config, "num_experts", 0) if self.moe_layers else 0, device
-        )
+        # Tokens, targets, and the sums over targets of each router loss of each layer.
+        num_losses = len(self.loss_names) * len(self.moe_layers)
+        self._train_sums = torch.zeros(2 + num_losses, device=device, dtype=sum_dtype(device))
+        self._router_statistics = self._new_router_statistics()
+        # How often each expert was selected before the step under way, of what the statistics count.
+        self._counted_loads = self._router_statistics.selected.clone()
+
+    def _check_biases_can_be_loaded(self) -> None:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.cpu_ram_efficient_loading:
+            raise SettingsError(
+                "use_router_bias=True: accelerate's fsdp_cpu_ram_efficient_loading takes the routers' biases for "
+                "sharded parameters and fails; set it to false in the accelerate configuration."
+            )
+
+    def _new_router_statistics(self) -> RouterStatistics:
+        num_experts = self.model.config.num_routed_experts if self.moe_layers else 0
+        return RouterStatistics(len(self.moe_layers), num_experts, self.args.device)
+
+    def update_router_biases(self) -> None:
+        """Move the selection biases by the loads of the step that has just ended, over all processes."""
+        selected = self._router_statistics.selected
+        loads = self.accelerator.reduce(selected - self._counted_loads, reduction="sum")
+        self.accelerator.unwrap_model(self.model).update_router_biases(loads)
+        self._counted_loads = selected.clone()
 
     @contextmanager
     def _not_timed(self) -> Iterator[None]:
@@ -103,16 +135,15 @@ class UpcyclingTrainer(Trainer):
         self._train_sums[1] += num_targets
         if not self.moe_layers:
             return
-        logits, mask, top_k = (
-            outputs.router_logits,
-            inputs.get("attention_mask"),
-            self.model.config.num_experts_per_tok,
-        )
+        config, mask = self.model.config, inputs.get("attention_mask")
+        logits, selected = outputs.router_logits, outputs.selected_experts
         # A second time for these, but on [T, E] only: little beside the experts.
-        losses = torch.cat([load_balancing_losses(logits, top_k, mask), router_z_losses(logits, mask)])
-        self._train_sums[2:] += losses.to(self._train_sums) * num_targets
+        losses = router_losses(config, logits, selected, mask)
+        self._train_sums[2:] += (
+            torch.cat([losses[name] for name in self.loss_names]).to(self._train_sums) * num_targets
+        )
         weights = token_weights(mask, inputs["input_ids"].numel())
-        self._router_statistics.update(logits, top_k, weights)
+        self._router_statistics.update(logits, selected, config, weights)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Of all that is logged only the log of training steps has this key.
@@ -133,15 +164,15 @@ class UpcyclingTrainer(Trainer):
         self._reset_train_sums()
         if not self.moe_layers:
             return logs
-        losses = [loss_sum / max(num_targets, 1) for loss_sum in losses]
-        num_layers = len(self.moe_layers)
-        figures = zip(self.moe_layers, losses[:num_layers], losses[num_layers:], statistics.metrics(), strict=True)
-        layers = {layer: {"aux_loss": aux, "z_loss": z, **metrics} for layer, aux, z, metrics in figures}
+        losses = torch.tensor(losses).view(len(self.loss_names), -1) / max(num_targets, 1)  # [names, L]
+        metrics = statistics.metrics()
+        layers = {
+            layer: {**dict(zip(self.loss_names, losses[:, number].tolist(), strict=True)), **metrics[number]}
+            for number, layer in enumerate(self.moe_layers)
+        }
         means = mean_over_layers(layers)
         config = self.model.config
-        router_loss = (
-            config.router_aux_loss_coef * means["router/aux_loss"] + config.router_z_loss_coef * means["router/z_loss"]
-        )
+        router_loss = sum(getattr(config, ROUTER_LOSSES[name]) * means[f"router/{name}"] for name in self.loss_names)
         return {**logs, "lm_loss": loss - router_loss, **means, **router_log(layers)}
 
     @torch.no_grad()
@@ -188,3 +219,13 @@ class UpcyclingTrainer(Trainer):
 def _num_targets(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return how many tokens are predicted."""
     return (inputs["labels"][..., 1:] != IGNORED_LABEL).sum()
+
+
+class _RouterBiasCallback(TrainerCallback):
+    """Moves the routers' biases after each optimizer step."""
+
+    def __init__(self, trainer: UpcyclingTrainer):
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.update_router_biases()

@@ -43,12 +43,23 @@ def tokenizer(train_files):
 
 
 @pytest.fixture(scope="session")
-def moe_checkpoint(tmp_path_factory, tokenizer):
-    torch.manual_seed(0)
-    config = UpcycledQwenMoeConfig(
-        **SHAPE, num_experts=4, router_aux_loss_coef=0.05, router_z_loss_coef=0.01, mlp_only_layers=[0]
-    )
-    return _save(UpcycledQwenMoeForCausalLM(config), tokenizer, tmp_path_factory.mktemp("moe"))
+def make_moe_checkpoint(tmp_path_factory, tokenizer):
+    """`make_moe_checkpoint(**config_fields)`: a folder with a model whose first layer is dense."""
+
+    def make(**config_fields):
+        torch.manual_seed(0)
+        coefficients = {"router_aux_loss_coef": 0.05, "router_z_loss_coef": 0.01}
+        config = UpcycledQwenMoeConfig(
+            **{**SHAPE, "num_experts": 4, **coefficients, "mlp_only_layers": [0], **config_fields}
+        )
+        return _save(UpcycledQwenMoeForCausalLM(config), tokenizer, tmp_path_factory.mktemp("moe"))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def moe_checkpoint(make_moe_checkpoint):
+    return make_moe_checkpoint(use_router_bias=True)
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ ROUTER_FIGURES = ("lm_loss", "loss", "router/aux_loss", "router/z_loss", "router
 
 @pytest.fixture
 def settings(settings, moe_checkpoint, train_files):
+    # Its routers have biases, which every process must move by the loads of all.
     # The router losses of the checkpoint have weights above zero; three blocks a domain do not share out evenly.
     return {
         **settings,
@@ -85,16 +86,22 @@ def test_accelerate_launch_with_cpu_is_not_mistaken_for_two_processes(settings, 
     assert "expected_processes=2, but 1 started" in result.stderr
 
 
-def test_sharded_processes_train_as_one_and_save_what_loads_anywhere(settings, one_process, tmp_path):
+@pytest.mark.parametrize("use_router_bias", [False, True])
+def test_sharded_processes_train_as_one_and_save_what_loads_anywhere(
+    settings, make_moe_checkpoint, tmp_path, use_router_bias
+):
+    settings |= {"model_name_or_path": make_moe_checkpoint(use_router_bias=use_router_bias)}
+    environment = {**FSDP_ENVIRONMENT, "FSDP_CPU_RAM_EFFICIENT_LOADING": str(not use_router_bias).lower()}
+    assert main(command_line({**settings, "output_dir": tmp_path / "one_process"})) == 0
     output_dir = tmp_path / "fsdp"
     result = run_script(
         {**settings, "output_dir": output_dir, "save_strategy": "steps", "save_steps": 3},
         num_processes=2,
         script=FSDP_SCRIPT,
-        **FSDP_ENVIRONMENT,
+        **environment,
     )
     assert result.returncode == 0, result.stderr
-    _assert_same_run(output_dir, one_process)
+    _assert_same_run(output_dir, tmp_path / "one_process")
 
     for folder in (output_dir, output_dir / "checkpoint-6"):
         config = json.loads((folder / "config.json").read_text())
@@ -108,12 +115,20 @@ def test_sharded_processes_train_as_one_and_save_what_loads_anywhere(settings, o
         {**settings, "output_dir": resumed, "resume_from_checkpoint": "last"},
         num_processes=2,
         script=FSDP_SCRIPT,
-        **FSDP_ENVIRONMENT,
+        **environment,
     )
     assert result.returncode == 0, result.stderr
     weights, expected = (load_file(folder / "model.safetensors") for folder in (resumed, output_dir))
     for name, tensor in weights.items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_loading_that_cannot_bring_biases_along_is_refused(settings, tmp_path):
+    settings |= {"output_dir": tmp_path / "out"}
+    result = run_script(settings, num_processes=1, script=FSDP_SCRIPT, **FSDP_ENVIRONMENT)
+    assert result.returncode != 0
+    assert "set it to false in the accelerate configuration" in result.stderr
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def _load_as_remote_code(folder):

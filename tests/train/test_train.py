@@ -15,7 +15,7 @@ from training_runs import ROOT, SHAPE, command_line
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM, Trainer
 
 from modeling_upcycled_moe import UpcycledQwenMoeConfig, UpcycledQwenMoeForCausalLM
-from modeling_upcycled_moe.losses_upcycled_moe import load_balancing_losses, router_z_losses
+from modeling_upcycled_moe.losses_upcycled_moe import router_losses
 from upcycled_moe.common.text import open_text, pack_blocks
 from upcycled_moe.train.model import risks_of
 from upcycled_moe.train.train import main
@@ -178,18 +178,45 @@ def test_a_dense_checkpoint_trains_without_router_figures(settings, dense_checkp
 
 def test_each_layer_logs_its_own_router_losses(settings, tokenizer, train_files, tmp_path):
     torch.manual_seed(0)
-    model = UpcycledQwenMoeForCausalLM(UpcycledQwenMoeConfig(**SHAPE, num_experts=4))
+    fields = {"router_entropy_loss_coef": 0.02, "router_locality_loss_coef": 0.03, "expert_nodes": [0, 0, 1, 1]}
+    config = UpcycledQwenMoeConfig(**SHAPE, num_experts=4, **fields)
+    model = UpcycledQwenMoeForCausalLM(config)
     model.save_pretrained(tmp_path / "start")
     tokenizer.save_pretrained(tmp_path / "start")
     first = _train(settings, tmp_path / "start", tmp_path / "out", max_steps=1, logging_steps=1)[0]
 
     blocks = pack_blocks(open_text(train_files), tokenizer, 64)
     input_ids = torch.tensor([block["input_ids"] for block, _ in zip(blocks, range(2), strict=False)])
-    logits = model(input_ids=input_ids, output_router_logits=True).router_logits
-    for name, expected in (("aux_loss", load_balancing_losses(logits, 2)), ("z_loss", router_z_losses(logits))):
+    outputs = model(input_ids=input_ids, output_router_logits=True)
+    losses = router_losses(config, outputs.router_logits, outputs.selected_experts)
+    assert len(losses) == 4
+    for name, expected in losses.items():
         logged = [first[f"router/layer_{layer:02d}/{name}"] for layer in range(2)]
         assert logged == pytest.approx(expected.tolist(), rel=1e-5)
         assert first[f"router/{name}"] == pytest.approx(sum(logged) / 2)
+    weighted = {"aux_loss": 0.001, "entropy_loss": 0.02, "locality_loss": 0.03}
+    router_loss = sum(weight * first[f"router/{name}"] for name, weight in weighted.items())
+    assert first["loss"] == pytest.approx(first["lm_loss"] + router_loss)
+
+
+def test_biases_move_by_the_loads_of_whole_steps(settings, moe_checkpoint, tmp_path):
+    """Two micro-batches a step, three steps, a log after two of them: the loads of the log settle the first moves."""
+    logs = _train(
+        {**settings, "gradient_accumulation_steps": 2, "router_bias_update_rate": 0.25},
+        moe_checkpoint,
+        tmp_path,
+        max_steps=3,
+        logging_steps=1,
+    )
+
+    expected = torch.zeros(4)
+    for entry in logs:
+        if "lm_loss" in entry:
+            loads = torch.tensor([entry[f"router/layer_01/load/expert_{expert:02d}"] for expert in range(4)])
+            expected += 0.25 * torch.sign((0.25 - loads).round(decimals=6))
+    bias = load_file(tmp_path / "model.safetensors")["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert bias.any()
+    torch.testing.assert_close(bias, expected)
 
 
 def test_tokens_per_second_leaves_out_evaluation_and_saving(
