@@ -5,6 +5,7 @@ size. A *unit* is what is joined into routers: a head, or a part of one where th
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -123,7 +124,7 @@ def group_heads(similarity: Tensor, num_groups: int, group_size: int) -> list[li
     scores = similarity.tolist()
     units = range(similarity.shape[0])
     uses = [0] * len(units)
-    together: set[tuple[int, int]] = set()
+    together: Counter[tuple[int, int]] = Counter()  # groups with both units
     groups: list[list[int]] = []
     existing: set[frozenset[int]] = set()
 
@@ -134,7 +135,7 @@ def group_heads(similarity: Tensor, num_groups: int, group_size: int) -> list[li
         return uses[unit], -sum(scores[unit][member] for member in group)
 
     def is_open(pair: tuple[int, int]) -> bool:
-        return sum({*pair} <= {*group} for group in groups) < math.comb(len(units) - 2, group_size - 2)
+        return together[pair] < math.comb(len(units) - 2, group_size - 2)
 
     for _ in range(num_groups):
         group: list[int] = []
@@ -150,7 +151,7 @@ def group_heads(similarity: Tensor, num_groups: int, group_size: int) -> list[li
             group.append(min(candidates, key=partial(unit_rank, group=list(group))))
         for unit in group:
             uses[unit] += 1
-        together |= set(combinations(sorted(group), 2))
+        together.update(combinations(sorted(group), 2))
         groups.append(group)
         existing.add(frozenset(group))
     return groups

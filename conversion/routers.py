@@ -170,7 +170,7 @@ class DomainMeans(RouterInitializer):
     domains, as a unit vector. Domains have equal runs of experts, in their order, as several dense models have. Where
     a domain has more than one, each of their rows also gets a random vector of about a tenth of that length,
     N(0, 0.1 / sqrt(H)), which tells them apart. Experts without computation get random unit vectors.
-    `router_logit_std` scales all.
+    `router_logit_std` scales all. Of several dense models the first one reads all texts.
 
     Source: our reading of Nexus (arXiv 2408.15901) and Branch-Train-MiX (arXiv 2403.07816). Both learn their router:
     Nexus projects embeddings of the domains, BTX starts at random. What is taken from them is that experts stand for

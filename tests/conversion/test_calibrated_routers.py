@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from upcycled_moe.common.settings import SettingsError
-from upcycled_moe.conversion.calibration import calibration_blocks
+from upcycled_moe.conversion.calibration import calibrate, calibration_blocks
 from upcycled_moe.conversion.convert import Progress, convert
 from upcycled_moe.conversion.source import open_source
 
@@ -177,6 +177,29 @@ def test_text_of_a_domain_goes_to_its_experts(dense, recipe_for, tmp_path, num_d
             own = (domain_of_best[domain] == domain).double().mean()
             others = (domain_of_best == domain).double().mean()
             assert own > others, (domain, own, others)
+
+
+@torch.no_grad()
+def test_each_dense_model_has_the_experts_of_its_domain(dense, recipe_for, tmp_path):
+    """Branch-Train-MiX: the first half of the experts is of the first model and of the first domain."""
+    folders = [dense("qwen2"), dense("qwen2", seed=1)]
+    recipe = recipe_for(num_domains=2, expert_sources=[str(folders[1])])
+    source = open_source(str(folders[0]))
+    convert(source, recipe, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    blocks = calibration_blocks(source, recipe)
+    layers = calibrate(
+        source, blocks, [0, 1, 2], attended=False, batch_size=3, device=torch.device("cpu"), num_domains=2
+    )
+    for layer in layers:
+        mlp = f"model.layers.{layer.layer}.mlp."
+        for expert in range(4):
+            parent = load_file(folders[expert // 2] / "model.safetensors")
+            assert torch.equal(tensors[f"{mlp}experts.down_proj"][expert], parent[f"{mlp}down_proj.weight"])
+            # What is special in one of two domains is the opposite of what is in the other.
+            special = layer.domain_means[expert // 2] - layer.domain_means[1 - expert // 2]
+            row = tensors[f"{mlp}gate.weight"][expert].double()
+            assert torch.cosine_similarity(row, special, dim=0) > 0.95
 
 
 def test_the_same_seed_gives_the_same_routers(dense, recipe_for, tmp_path):

@@ -56,14 +56,19 @@ SETTINGS = [
     {"num_experts": 8, "experts": "split"},
     {"num_experts": 12, "experts": "split", "expert_granularity": 3, "num_zero_experts": 4},
 ]
-SETTING_IDS = ["copies", "free-experts", "slices", "both"]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=SETTING_IDS)
-@pytest.mark.parametrize("router", ROUTER_INITIALIZERS)
+@pytest.mark.parametrize(
+    ("router", "settings"),
+    [
+        (router, settings)
+        for router in ROUTER_INITIALIZERS
+        for settings in SETTINGS
+        # What has no parameters cannot score slices alike; the recipe refuses it.
+        if not (router == "grouped_average" and "experts" in settings)
+    ],
+)
 def test_an_initializer_fills_the_models_router(make_router, router, settings):
-    if router == "grouped_average" and settings.get("experts") == "split":
-        pytest.skip("refused by the recipe")
     initializer, tensors = make_router(router, **settings)
     free = {name: value for name, value in settings.items() if name.startswith("num_")}
     # A grouped average needs equal parts of the token: 4 and 12 experts divide 48.
