@@ -93,7 +93,7 @@ def router_entropy_losses(
     Args:
         probabilities: one [T, E] tensor a layer.
         attention_mask: [batch, sequence], 0 for padding tokens, which do not count.
-    Source: Harder Tasks Need More Experts (arXiv 2403.07652), equation 7, its dynamic loss.
+    Source: Harder Tasks Need More Experts (arXiv 2403.07652), its dynamic loss.
     """
     return _stack(
         [
@@ -121,7 +121,7 @@ def locality_losses(
         attention_mask: [batch, sequence], 0 for padding tokens, which do not count.
     Raises:
         ValueError: if no expert is on `node`.
-    Source: LocMoE (arXiv 2401.13920), section 4.2.
+    Source: LocMoE (arXiv 2401.13920), its locality loss.
     """
     local = [expert for expert, expert_node in enumerate(expert_nodes) if expert_node == node]
     if not local:

@@ -85,7 +85,7 @@ class UpcycledQwenMoeExperts(Qwen2MoeExperts):
 class UpcycledQwenMoeConstantExperts(nn.Module):
     """Experts that return `a_1 x + a_2 v` for a token x, with a vector v of their own and `a = softmax(W x)`.
 
-    Source: MoE++ (arXiv 2410.07348), equation 5.
+    Source: MoE++ (arXiv 2410.07348), its constant experts.
     """
 
     def __init__(self, config: UpcycledQwenMoeConfig):

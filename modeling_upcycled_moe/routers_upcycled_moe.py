@@ -201,7 +201,7 @@ class MLPRouter(Router):
 class GroupedAverageRouter(Router):
     """The mean of a part of the token, one part of `H / E` neighbours for each expert; nothing is learned.
 
-    Source: LocMoE (arXiv 2401.13920), section 4.1, its grouped average pooling.
+    Source: LocMoE (arXiv 2401.13920), its grouped average pooling.
     """
 
     def score(self, hidden_states: torch.Tensor) -> torch.Tensor:

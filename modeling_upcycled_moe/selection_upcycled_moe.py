@@ -18,7 +18,7 @@ def routing_scores(router_logits: torch.Tensor, config) -> torch.Tensor:
     They sum to one for `softmax`; each is between zero and one for `sigmoid`. With `prototype_top_k` every group has a
     softmax of its own, which sums to 1 / G.
 
-    Source: sigmoid: DeepSeek-V3 (arXiv 2412.19437), equation 15; groups: M6-T (arXiv 2105.15082), section 3.2.
+    Source: sigmoid: DeepSeek-V3 (arXiv 2412.19437); groups: M6-T (arXiv 2105.15082), its expert prototyping.
     """
     if config.router_score_function == "sigmoid":
         return router_logits.float().sigmoid()
@@ -42,7 +42,7 @@ def select_top_k(scores: torch.Tensor, config) -> torch.Tensor:
 def select_grouped_top_k(scores: torch.Tensor, config) -> torch.Tensor:
     """Select `num_experts_per_tok / G` experts from each group, group by group.
 
-    Source: Pangu Pro MoE (arXiv 2505.21411), section 2; M6-T (arXiv 2105.15082), section 3.2.
+    Source: Pangu Pro MoE (arXiv 2505.21411), its mixture of grouped experts; M6-T (arXiv 2105.15082).
     """
     groups = config.num_expert_groups
     grouped = scores.unflatten(-1, (groups, -1))  # [T, G, E / G]
@@ -54,7 +54,7 @@ def select_grouped_top_k(scores: torch.Tensor, config) -> torch.Tensor:
 def select_top_p(scores: torch.Tensor, config) -> torch.Tensor:
     """Select the best experts until their scores sum to `router_top_p`, at least one, at most `num_experts_per_tok`.
 
-    Source: Harder Tasks Need More Experts (arXiv 2403.07652), equations 3 and 4.
+    Source: Harder Tasks Need More Experts (arXiv 2403.07652), its dynamic routing; the upper limit is ours.
     """
     best, index = torch.topk(scores, config.num_experts_per_tok, dim=-1)
     sum_before = best.cumsum(dim=-1) - best
@@ -66,7 +66,7 @@ def select_expert_choice(scores: torch.Tensor, config) -> torch.Tensor:
 
     A token may get any number of experts, none too. Which ones depends on all tokens of the batch.
 
-    Source: Expert Choice (arXiv 2202.09368), section 3.2.
+    Source: Expert Choice (arXiv 2202.09368).
     """
     num_tokens, num_experts = scores.shape
     capacity = min(-(-num_tokens * config.num_experts_per_tok // num_experts), num_tokens)
@@ -92,7 +92,7 @@ def expert_weights(scores: torch.Tensor, index: torch.Tensor, config) -> torch.T
     Beside a shared expert with `complement` gating they are `max(v) softmax(v)` of the selected scores v, and the
     shared expert has the rest, `1 - max(v)`.
 
-    Source: complement: XFT (arXiv 2404.15247), equations 3 and 4.
+    Source: complement: XFT (arXiv 2404.15247), its routing weight normalisation.
     """
     weights = F.pad(scores, (0, 1)).gather(-1, index)
     if config.shared_expert_gating == "complement":
