@@ -53,6 +53,7 @@ def quiet_libraries() -> None:
     # By its variable: importing datasets takes half a second, and a conversion without text needs none of it.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
+    import huggingface_hub
     import transformers
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
@@ -64,6 +65,7 @@ def quiet_libraries() -> None:
     if not are_downloads_quiet:
         enable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()  # it tells of every retry
 
 
 def stdout_console() -> Console:

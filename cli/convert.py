@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     from ..conversion.writer import check_kept, check_output
     from .console import ConsoleProgress, quiet_libraries
 
-    if options.recipe:
+    if options.recipe is not None:
         check_kept(out, [find_recipe(options.recipe)])
     if not dense:
         _check_not_dense(out)

@@ -119,9 +119,22 @@ def _settle_places(options: argparse.Namespace, left_over: list[str]) -> None:
     flags = [argument for argument in left_over if argument.startswith("-")]
     if hasattr(options, "places"):
         places = [place for place in (options.dense, options.out, *left_over) if place is not None]
+        _check_places(options.parser, places)
         options.places, left_over = places[:2], places[2:]
     if flags or left_over:
         _refuse(options.parser, (flags or left_over)[0])
+
+
+def _check_places(parser: argparse.ArgumentParser, places: list[str]) -> None:
+    """Refuse what a mistake turned into DENSE or OUT."""
+    for place in places:
+        if not place.strip():
+            parser.error("DENSE or OUT is empty; was it a variable that is not set?")
+        if place.lower() in ("true", "false", "yes", "no"):
+            parser.error(
+                f"unknown argument {place}; a switch takes no value: write --norm-topk-prob or --no-norm-topk-prob, "
+                f"and ./{place} for a folder."
+            )
 
 
 def _terminate(signal_number: int, frame: object) -> None:

@@ -72,10 +72,10 @@ def recipe_from(options: argparse.Namespace, dense: str | None) -> ConversionRec
         if "model" in flags:
             raise SettingsError(f"DENSE={dense} and --model={flags['model']} both name the dense model; give one.")
         flags["model"] = dense
-    layers = [(options.recipe, load_yaml(find_recipe(options.recipe)))] if options.recipe else []
+    layers = [(options.recipe, load_yaml(find_recipe(options.recipe)))] if options.recipe is not None else []
     recipe = build_recipe(*layers, ("command line", flags))
     if recipe.model is None:
-        reason = f"{options.recipe} names none" if options.recipe else "there is no recipe that names one"
+        reason = f"{options.recipe} names none" if options.recipe is not None else "there is no recipe that names one"
         raise SettingsError(f"the dense checkpoint is missing: {reason}; give DENSE before OUT, or --model.")
     return recipe
 
@@ -105,7 +105,7 @@ def find_recipe(name: str) -> Path:
     stem = Path(name).name.removesuffix(".yaml")
     similar = get_close_matches(stem, packaged, n=3)
     hint = f"did you mean {' or '.join(similar)}?" if similar else f"packaged recipes: {', '.join(packaged)}."
-    raise SettingsError(f"--recipe {name}: no such file, and no recipe of that name comes with the package; {hint}")
+    raise SettingsError(f"--recipe {name!r}: no such file, and no recipe of that name comes with the package; {hint}")
 
 
 def packaged_recipes() -> dict[str, Path]:
