@@ -1,19 +1,14 @@
 """All that is neither a routed expert nor a router: a copy, an average over dense models, or drawn at random."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .contents import Computed, Content, FileBytes, joined
-from .experts import drawn_tensor
+from .contents import Computed, Content, FileBytes, joined, row_blocks
+from .experts import drawn_content
 from .recipe import ConversionRecipe
 from .source import SourceTensor
-
-
-# An embedding fills gigabytes in float32, so what is computed here comes in blocks of rows.
-BLOCK_ELEMENTS = 2**24
 
 
 def copied(name: str, tensors: tuple[SourceTensor, ...], std: float, seed: int) -> Content:
@@ -26,15 +21,16 @@ def averaged(name: str, tensors: tuple[SourceTensor, ...], std: float, seed: int
 
     Source: Branch-Train-MiX (arXiv 2403.07816).
     """
+    shape = tensors[0].shape
     return joined(
-        *(Computed(shape, _mean_rows, (tensors, begin, end)) for begin, end, shape in _row_blocks(tensors[0].shape))
+        *(Computed((end - begin, *shape[1:]), _mean_rows, (tensors, begin, end)) for begin, end in row_blocks(shape))
     )
 
 
 def _mean_rows(tensors: tuple[SourceTensor, ...], begin: int, end: int) -> Tensor:
-    total = tensors[0].load()[begin:end].float()
-    for tensor in tensors[1:]:
-        total = total + tensor.load()[begin:end]
+    total = torch.zeros(end - begin, *tensors[0].shape[1:])
+    for tensor in tensors:
+        total += tensor.load()[begin:end]
     return total / len(tensors)
 
 
@@ -43,20 +39,7 @@ def drawn(name: str, tensors: tuple[SourceTensor, ...], std: float, seed: int) -
     shape = tensors[0].shape
     if len(shape) == 1:
         return Computed(shape, torch.zeros if name.endswith(".bias") else torch.ones, (shape,))
-    return joined(
-        *(
-            Computed(block_shape, drawn_tensor, (block_shape, std, seed, f"{name}[{begin}]"))
-            for begin, _, block_shape in _row_blocks(shape)
-        )
-    )
-
-
-def _row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """Yield first row, last row and shape of each block."""
-    num_rows = max(1, BLOCK_ELEMENTS // math.prod(shape[1:]))
-    for begin in range(0, shape[0], num_rows):
-        end = min(begin + num_rows, shape[0])
-        yield begin, end, (end - begin, *shape[1:])
+    return drawn_content(shape, std, seed, name)
 
 
 # From a tensor's name in the result, the tensor in each dense model, `initializer_range` and seed to the content.

@@ -1,7 +1,7 @@
 """What a tensor of the result is made of: bytes of the source, which stream, and what is computed when written."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +47,9 @@ class Computed:
         return self.function(*self.arguments)
 
 
+# What is computed element by element comes in blocks of rows of about this size.
+BLOCK_ELEMENTS = 2**20
+
 Part = FileBytes | Computed
 # Several parts are written one after the other; only one of them is in memory at a time.
 Content = Part | tuple[Part, ...]
@@ -82,6 +85,13 @@ def scaled(content: Content, factor: float) -> Content:
         return content
     parts = tuple(Computed(_shape(part), _scaled_part, (part, factor)) for part in parts_of(content))
     return parts if isinstance(content, tuple) else parts[0]
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Yield the first row of each block, and the first after it."""
+    num_rows = max(1, BLOCK_ELEMENTS // math.prod(shape[1:]))
+    for begin in range(0, shape[0], num_rows):
+        yield begin, min(begin + num_rows, shape[0])
 
 
 def num_computed_elements(content: Content) -> int:

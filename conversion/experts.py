@@ -14,14 +14,10 @@ import torch
 from torch import Generator, Tensor
 
 from ..common.settings import SettingsError
-from .contents import Computed, Content, FileBytes, Part, joined, paired, scaled
+from .contents import Computed, Content, FileBytes, Part, joined, paired, row_blocks, scaled
 from .randomness import tensor_generator
 from .recipe import ConversionRecipe
 from .source import SourceTensor
-
-
-# Rows of a matrix that are in float64 at a time.
-ROWS_AT_A_TIME = 1024
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ class NewExpert:
 
 
 # From a dense FFN and the expert to make of it to the content of its gate, up and down projection.
-Initializer = Callable[[DenseFfn, NewExpert], tuple[Part, Part, Part]]
+Initializer = Callable[[DenseFfn, NewExpert], tuple[Content, Content, Content]]
 
 
 def copied_expert(ffn: DenseFfn, expert: NewExpert) -> tuple[Part, Part, Part]:
@@ -141,16 +137,18 @@ def _columns(matrix: SourceTensor, begin: int, width: int) -> Tensor:
     return matrix.load()[:, begin : begin + width]
 
 
-def random_expert(ffn: DenseFfn, expert: NewExpert) -> tuple[Part, Part, Part]:
+def random_expert(ffn: DenseFfn, expert: NewExpert) -> tuple[Content, Content, Content]:
     """Return an expert drawn from N(0, `initializer_range`), as of a model from scratch."""
     return tuple(
-        Computed(
-            matrix.shape,
-            drawn_tensor,
-            (matrix.shape, expert.initializer_range, expert.recipe.seed, f"{expert.name}.{name}"),
-        )
+        drawn_content(matrix.shape, expert.initializer_range, expert.recipe.seed, f"{expert.name}.{name}")
         for name, matrix in ffn.matrices.items()
     )
+
+
+def drawn_content(shape: tuple[int, ...], std: float, seed: int, name: str) -> Content:
+    """Return the content of a matrix drawn from N(0, std), in blocks of rows."""
+    blocks = ((begin, (end - begin, *shape[1:])) for begin, end in row_blocks(shape))
+    return joined(*(Computed(block, drawn_tensor, (block, std, seed, f"{name}[{begin}]")) for begin, block in blocks))
 
 
 def drawn_tensor(shape: tuple[int, ...], std: float, seed: int, name: str) -> Tensor:
@@ -224,9 +222,12 @@ def output_factors(recipe: ConversionRecipe) -> tuple[float, float]:
 
 
 def add_noise(weight: Tensor, noise: float, generator: Generator) -> Tensor:
-    """Return `weight` with N(0, std) added, `std` being `noise` times its own standard deviation; in float32."""
+    """Return `weight` with N(0, std) added, `std` being `noise` times its own standard deviation."""
     _, std = mean_and_std(weight)
-    return torch.empty(weight.shape).normal_(0.0, noise * std, generator=generator).add_(weight)
+    result = torch.empty_like(weight)
+    for begin, end in row_blocks(weight.shape):
+        result[begin:end] = _drawn_like(weight[begin:end], 0.0, noise * std, generator) + weight[begin:end]
+    return result
 
 
 def redraw(weight: Tensor, dropped: Tensor, dim: int, generator: Generator) -> Tensor:
@@ -234,18 +235,25 @@ def redraw(weight: Tensor, dropped: Tensor, dim: int, generator: Generator) -> T
 
     They are drawn from N(mean, std) of all the entries that they replace; the others keep their bytes.
     """
-    mean, std = mean_and_std(replaced := weight.index_select(dim, dropped))
-    drawn = torch.empty(replaced.shape).normal_(mean, std, generator=generator)
-    return weight.index_copy(dim, dropped, drawn.to(weight.dtype))
+    drawn = weight.index_select(dim, dropped)
+    mean, std = mean_and_std(drawn)
+    for begin, end in row_blocks(drawn.shape):
+        drawn[begin:end] = _drawn_like(drawn[begin:end], mean, std, generator)
+    return weight.index_copy(dim, dropped, drawn)
+
+
+def _drawn_like(block: Tensor, mean: float, std: float, generator: Generator) -> Tensor:
+    return torch.empty(block.shape).normal_(mean, std, generator=generator)
 
 
 def mean_and_std(matrix: Tensor) -> tuple[float, float]:
     """Return mean and standard deviation of all entries of `matrix`, the same to the bit on any number of threads."""
-
-    def average(function: Callable[[Tensor], Tensor]) -> float:
-        # A row is summed by one thread in a fixed order, the whole matrix by as many as there are.
-        pieces = (function(piece.double()).sum(dim=1) for piece in matrix.split(ROWS_AT_A_TIME))
-        return math.fsum(total for piece in pieces for total in piece.tolist()) / matrix.numel()
-
-    mean = average(lambda piece: piece)
-    return mean, math.sqrt(average(lambda piece: (piece - mean).square_()))
+    sums: list[float] = []
+    squares: list[float] = []
+    for begin, end in row_blocks(matrix.shape):
+        block = matrix[begin:end].double()
+        # A row is summed by one thread in a fixed order; all rows together would be by as many as there are.
+        sums += block.sum(dim=1).tolist()
+        squares += block.square_().sum(dim=1).tolist()
+    mean = math.fsum(sums) / matrix.numel()
+    return mean, math.sqrt(max(0.0, math.fsum(squares) / matrix.numel() - mean**2))

@@ -24,8 +24,8 @@ from .tensors import PlannedTensor, planned_tensors, router_module
 
 # Buffers, the interpreter and its libraries; measured, see benchmarks/README.md.
 BASE_MEMORY_BYTES = 450 * 1000**2
-# What is computed is there in float32 and in its final type, and so is what it is computed from.
-BYTES_PER_COMPUTED_ELEMENT = 3 * 4
+# A matrix that is computed is there once, and so is what it is computed from, and once more what lies between.
+TENSORS_PER_COMPUTED_PART = 3
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,12 @@ class ConversionPlan:
 
         Copying needs none; computing holds one matrix of one expert, calibration activations and one layer.
         """
-        computed = max(num_computed_elements(tensor.content) for tensor in self.tensors if tensor.content is not None)
-        return BASE_MEMORY_BYTES + max(computed * BYTES_PER_COMPUTED_ELEMENT, self._calibration_bytes)
+        largest_part_bytes = max(
+            num_computed_elements(tensor.content) * DTYPES[tensor.dtype].itemsize
+            for tensor in self.tensors
+            if tensor.content is not None
+        )
+        return BASE_MEMORY_BYTES + max(TENSORS_PER_COMPUTED_PART * largest_part_bytes, self._calibration_bytes)
 
     @property
     def _calibration_bytes(self) -> int:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from upcycled_moe.conversion import backbone
+from upcycled_moe.conversion import contents
 from upcycled_moe.conversion.backbone import BACKBONES, backbone_method
 from upcycled_moe.conversion.convert import convert
 from upcycled_moe.conversion.recipe import ConversionRecipe
@@ -47,7 +47,7 @@ def test_auto_averages_only_where_there_are_several(linear_recipe, settings, met
 @pytest.mark.parametrize("block_elements", [100, 5000, 2**24])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_backbone_is_the_mean_of_all_models(dense, linear_recipe, tmp_path, monkeypatch, dtype, block_elements):
-    monkeypatch.setattr(backbone, "BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(contents, "BLOCK_ELEMENTS", block_elements)
     folders = [dense("qwen3", dtype=dtype, seed=seed) for seed in range(4)]
     recipe = linear_recipe(
         expert_sources=[str(folder) for folder in folders[1:]], moe_layers=[0, 2], shared_expert="sigmoid"

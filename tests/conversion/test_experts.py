@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from upcycled_moe.common.settings import SettingsError
+from upcycled_moe.conversion import contents
 from upcycled_moe.conversion.contents import Computed, FileBytes, parts_of
 from upcycled_moe.conversion.experts import (
     EXPERTS,
     DenseFfn,
+    add_noise,
     expert_width,
     fused_experts,
     mean_and_std,
@@ -33,15 +35,15 @@ def ffn_of(folder) -> DenseFfn:
 
 def experts_of(ffns, recipe, initializer_range=0.1):
     """Return gate [E, I, H], up [E, I, H] and down [E, H, I] as the writer would write them."""
-    contents = fused_experts(ffns, recipe, NAME, initializer_range)
+    fused = fused_experts(ffns, recipe, NAME, initializer_range)
     width, dtype = expert_width(recipe, WIDTH), DTYPES[ffns[0].gate.dtype]
 
     def written(content, *shape):
         parts = [part.load() if isinstance(part, FileBytes) else part() for part in parts_of(content)]
         return torch.cat([part.to(dtype).flatten() for part in parts]).view(recipe.num_experts, *shape)
 
-    gate_up = written(contents["gate_up_proj"], 2 * width, HIDDEN)
-    return gate_up[:, :width], gate_up[:, width:], written(contents["down_proj"], HIDDEN, width)
+    gate_up = written(fused["gate_up_proj"], 2 * width, HIDDEN)
+    return gate_up[:, :width], gate_up[:, width:], written(fused["down_proj"], HIDDEN, width)
 
 
 def neurons(gate, up, down):
@@ -157,8 +159,8 @@ def test_slices_of_equal_weight_add_up_to_a_gated_ffn(dense, linear_recipe):
 
 
 def test_slices_of_gate_and_up_stream(dense, linear_recipe):
-    contents = fused_experts([ffn_of(dense())], linear_recipe(experts="split", num_experts=8), NAME, 0.1)
-    gate_up, down = map(parts_of, (contents["gate_up_proj"], contents["down_proj"]))
+    fused = fused_experts([ffn_of(dense())], linear_recipe(experts="split", num_experts=8), NAME, 0.1)
+    gate_up, down = map(parts_of, (fused["gate_up_proj"], fused["down_proj"]))
     # Two kinds of slices, each read once and written four times; the slices of `down` are computed.
     assert [(type(part), part.repeats) for part in gate_up] == [(FileBytes, 4)] * 2
     assert [type(part) for part in down] == [Computed] * 8
@@ -173,7 +175,7 @@ def test_random_experts_are_drawn_one_by_one(dense, linear_recipe):
         assert experts.std().item() == pytest.approx(0.07, rel=0.02)
         for index, expert in enumerate(experts):
             expected = torch.empty(expert.shape)
-            expected.normal_(0.0, 0.07, generator=tensor_generator(5, f"{NAME}.{index}.{kind}"))
+            expected.normal_(0.0, 0.07, generator=tensor_generator(5, f"{NAME}.{index}.{kind}[0]"))
             assert torch.equal(expert, expected)
 
 
@@ -183,8 +185,8 @@ def test_several_models_have_equal_shares_of_the_experts(dense, linear_recipe, n
     recipe = linear_recipe(num_experts=8, expert_sources=["other"] * (num_sources - 1))
     for index, expert in enumerate(zip(*experts_of(ffns, recipe), strict=True)):
         assert all(map(same_neuron, neurons(*expert), dense_neurons(ffns[index // (8 // num_sources)])))
-    contents = fused_experts(ffns, recipe, NAME, 0.1)
-    assert [part.repeats for part in parts_of(contents["gate_up_proj"])] == [8 // num_sources] * num_sources
+    fused = fused_experts(ffns, recipe, NAME, 0.1)
+    assert [part.repeats for part in parts_of(fused["gate_up_proj"])] == [8 // num_sources] * num_sources
 
 
 @pytest.mark.parametrize(("shared", "factor"), [("none", 1), ("sigmoid", 0.5), ("plain", 0.5), ("complement", 1)])
@@ -221,6 +223,21 @@ def test_mean_and_deviation_do_not_depend_on_threads():
             assert mean_and_std(matrix) == (mean, std)
     finally:
         torch.set_num_threads(num_threads)
+
+
+@pytest.mark.parametrize("block_elements", [1, 1000])
+def test_blocks_leave_no_row_out(monkeypatch, block_elements):
+    weight = torch.randn(70, 90, generator=torch.Generator().manual_seed(0))
+    whole = mean_and_std(weight)
+    monkeypatch.setattr(contents, "BLOCK_ELEMENTS", block_elements)
+    assert mean_and_std(weight) == pytest.approx(whole, rel=1e-12)
+    noise = add_noise(weight, 0.1, torch.Generator().manual_seed(0)) - weight
+    assert (noise != 0).all()
+    assert noise.std().item() == pytest.approx(0.1 * whole[1], rel=0.05)
+    dropped = torch.arange(40)
+    redrawn = redraw(weight, dropped, 1, torch.Generator().manual_seed(0))
+    assert (redrawn != weight).any(dim=0).tolist() == [True] * 40 + [False] * 50
+    assert redrawn[:, :40].std().item() == pytest.approx(weight[:, :40].std().item(), rel=0.05)
 
 
 @pytest.mark.parametrize(
