@@ -32,6 +32,22 @@ KINDS = {
         "mlp_only_layers": [0],
     },
     "sliding windows": SOME_SLIDING,
+    "biased sigmoid groups, plain shared expert": {
+        "router_type": "mlp",
+        "router_score_function": "sigmoid",
+        "use_router_bias": True,
+        "router_selection": "grouped_top_k",
+        "num_expert_groups": 2,
+        "shared_expert_intermediate_size": 24,
+        "shared_expert_gating": "plain",
+    },
+    "empty slots, experts without computation": {
+        "router_selection": "top_p",
+        "router_top_p": 0.5,
+        "num_experts_per_tok": 4,
+        "num_copy_experts": 1,
+        "num_constant_experts": 1,
+    },
 }
 
 
