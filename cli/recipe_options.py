@@ -35,7 +35,7 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         "--recipe",
         metavar="FILE|NAME",
         help="YAML file with settings, or the name of one that comes with the package (such as "
-        "router_upcycling_8x0.5b; a wrong name lists them all)",
+        "router_upcycling_8x0.5b; an unknown name, such as `all`, lists them)",
     )
     for setting in dataclasses.fields(ConversionRecipe):
         if setting.name in SECTIONS:

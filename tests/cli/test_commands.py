@@ -458,7 +458,7 @@ def test_a_bug_keeps_its_traceback(upcycled_moe, dense, converted, monkeypatch):
 
 
 def test_convert_with_verify_fails_on_a_difference(upcycled_moe, dense, tmp_path, monkeypatch):
-    """No recipe changes the function today; a wrong byte on the way to the disk would."""
+    """A recipe that preserves the function; but a byte goes wrong on the way to the disk."""
     from upcycled_moe.conversion import convert as convert_module
 
     write_weights = convert_module.write_weights

@@ -145,6 +145,8 @@ def test_a_conversion_downloads_and_records_the_commit(run, hub, folder, tmp_pat
     assert all((("GET", file.name) in {request[:2] for request in hub.log}) for file in folder.glob("*.safetensors"))
     provenance = json.loads((tmp_path / "out" / "upcycling.json").read_text(encoding="utf-8"))
     assert (provenance["source"]["name"], provenance["source"]["revision"]) == ("org/model", COMMIT)
+    # The recorded recipe alone does it again, also when the branch has moved.
+    assert (provenance["recipe"]["model"], provenance["recipe"]["revision"]) == ("org/model", COMMIT)
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     # What is in the cache is enough for a plan, also where there is no network.
     result = run("plan", "org/model", *RECIPE, "--json", HF_HUB_OFFLINE="1")
