@@ -27,6 +27,9 @@ BASE_MEMORY_BYTES = 450 * 1000**2
 # A matrix that is computed is there once, and so is what it is computed from, and once more what lies between.
 TENSORS_PER_COMPUTED_PART = 3
 
+# What the recipe calls a field of the configuration, where it has another name for it.
+RECIPE_NAMES = {"router_type": "router", "shared_expert_gating": "shared_expert"}
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -253,12 +256,14 @@ def build_config(
                 "architectures": [ARCHITECTURES[source.config.architectures[0]]],
                 "head_dim": source.head_dim,
                 "moe_intermediate_size": expert_width(recipe, source.config.intermediate_size),
-                "router_type": recipe.router,
             }
             | router_fields
         )
     except StrictDataclassError as error:
-        raise SettingsError(str(error.__cause__ or error)) from error
+        message = str(error.__cause__ or error)
+        for name, setting in RECIPE_NAMES.items():
+            message = message.replace(f"{name}=", f"{setting}=")
+        raise SettingsError(message) from error
 
 
 def _dense_layers(moe_layers: list[int], num_layers: int) -> list[int]:

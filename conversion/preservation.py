@@ -69,9 +69,4 @@ def _split_obstacle(recipe: ConversionRecipe, config: UpcycledQwenMoeConfig) -> 
         return "router_selection=top_p may select some slices of a copy and not the others"
     if groups % granularity and granularity % groups:
         return f"num_expert_groups={groups} cut through the {granularity} kinds of slices"
-    # Groups within one kind of slice whose weights are settled: it does not matter which copies they are of.
-    if config.router_selection == "prototype_top_k" and groups % granularity == 0:
-        return None
-    if config.router_type == "grouped_average":
-        return "router=grouped_average does not score the slices of a copy alike"
     return None

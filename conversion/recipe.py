@@ -143,8 +143,10 @@ class ConversionRecipe:
         for setting in settings:
             for other, values in setting.metadata["only_with"].items():
                 if self._is_given(setting) and getattr(self, other) not in values:
+                    allowed = " or ".join(f"{other}={value!r}" for value in values)
                     raise SettingsError(
-                        f"{setting.name} has no meaning with {other}={getattr(self, other)!r}; leave it out."
+                        f"{setting.name} has no meaning with {other}={getattr(self, other)!r}, only with {allowed}; "
+                        "leave it out."
                     )
         self._check_experts()
         self._check_routers()
