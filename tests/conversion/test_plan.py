@@ -141,7 +141,7 @@ def test_a_tied_head_counts_once_and_is_multiplied_with(dense, linear_recipe):
         ({"moe_layers": [-1]}, "moe_layers names [-1], but layers run from 0 to 2."),
         ({"moe_layers": []}, "moe_layers=[] leaves no layer with experts; name at least one, or leave it out"),
         ({"moe_layers": [2, 1, 2]}, "moe_layers names [2] more than once; name each layer once."),
-        ({"shared_expert": "complement", "norm_topk_prob": False}, "shared_expert_gating='complement'"),
+        ({"shared_expert": "complement", "norm_topk_prob": False}, "shared_expert='complement'"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step=0 must be at least 1"),
         ({"decoder_sparse_step": 4}, "No layer has experts"),
         ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef=-1.0 is outside [0, inf)"),
