@@ -128,15 +128,11 @@ def _describe_model(plan: "ConversionPlan") -> dict[str, str]:
 
 
 def _describe_experts(plan: "ConversionPlan") -> str:
-    recipe = plan.recipe
-    text = {
-        "copy": "copies of the FFN",
-        "noise": f"copies of the FFN with noise of {recipe.expert_noise:g} standard deviations",
-        "drop": f"copies of the FFN with {recipe.drop_ratio:.3g} of its neurons redrawn",
-        "split": f"{recipe.num_experts // recipe.expert_granularity} copies of the FFN, each in "
-        f"{recipe.expert_granularity} slices {plan.config.moe_intermediate_size} wide",
-        "random": "drawn at random",
-    }.get(recipe.experts, recipe.experts)
+    from ..conversion.experts import EXPERTS
+
+    text = EXPERTS[plan.recipe.experts].describe(plan.recipe)
+    if plan.config.moe_intermediate_size != plan.config.intermediate_size:
+        text += f" {plan.config.moe_intermediate_size} wide"
     return text + f", from {len(plan.sources)} sources in equal shares" * (len(plan.sources) > 1)
 
 

@@ -9,6 +9,7 @@ bytes to copy, and what to compute when the expert is written.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
@@ -156,12 +157,35 @@ def drawn_tensor(shape: tuple[int, ...], std: float, seed: int, name: str) -> Te
     return torch.empty(shape).normal_(0.0, std, generator=tensor_generator(seed, name))
 
 
-EXPERTS: dict[str, Initializer] = {
-    "copy": copied_expert,
-    "noise": noisy_expert,
-    "drop": partly_redrawn_expert,
-    "split": slice_of_ffn,
-    "random": random_expert,
+@dataclass(frozen=True)
+class ExpertStart:
+    """A way in which experts start.
+
+    Args:
+        initialize: makes one expert.
+        description: ends "experts are ...", with the fields of the recipe in braces.
+        preserves_function: how well such experts compute what the dense FFN does, while their weights sum to one.
+    """
+
+    initialize: Initializer
+    description: str
+    preserves_function: Literal["exact", "approximate", "none"]
+
+    def describe(self, recipe: ConversionRecipe) -> str:
+        """Return the description of the experts of `recipe`."""
+        return self.description.format(**recipe.to_dict(), num_copies=recipe.num_ffn_copies)
+
+
+EXPERTS = {
+    "copy": ExpertStart(copied_expert, "copies of the FFN", "exact"),
+    "noise": ExpertStart(
+        noisy_expert, "copies of the FFN with noise of {expert_noise:g} standard deviations", "approximate"
+    ),
+    "drop": ExpertStart(
+        partly_redrawn_expert, "copies of the FFN with {drop_ratio:.3g} of its neurons redrawn", "none"
+    ),
+    "split": ExpertStart(slice_of_ffn, "{num_copies} copies of the FFN, each in {expert_granularity} slices", "exact"),
+    "random": ExpertStart(random_expert, "drawn at random", "none"),
 }
 
 
@@ -202,7 +226,7 @@ def fused_experts(
     for index in range(recipe.num_experts):
         ffn = ffns[index * len(ffns) // recipe.num_experts]
         expert = NewExpert(index, f"{name}.{index}", recipe, initializer_range)
-        gate_content, up_content, down_content = EXPERTS[recipe.experts](ffn, expert)
+        gate_content, up_content, down_content = EXPERTS[recipe.experts].initialize(ffn, expert)
         gate_up.append(paired(gate_content, up_content))
         down.append(scaled(down_content, output_factors(recipe)[0]))
     return {"gate_up_proj": joined(*gate_up), "down_proj": joined(*down)}

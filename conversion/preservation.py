@@ -7,6 +7,7 @@ from typing import Literal
 from modeling_upcycled_moe import UpcycledQwenMoeConfig
 
 from .backbone import backbone_method
+from .experts import EXPERTS
 from .recipe import ConversionRecipe
 
 
@@ -27,10 +28,9 @@ def preservation(recipe: ConversionRecipe, config: UpcycledQwenMoeConfig, dtypes
     """
     if obstacle := _obstacle(recipe, config):
         return Preservation("none", obstacle)
-    if recipe.experts == "noise":
-        return Preservation(
-            "approximate", f"experts are copies with noise of {recipe.expert_noise:g} standard deviations"
-        )
+    start = EXPERTS[recipe.experts]
+    if start.preserves_function != "exact":
+        return Preservation(start.preserves_function, f"experts are {start.describe(recipe)}")
     granularity = recipe.expert_granularity
     if recipe.experts == "split" and granularity & (granularity - 1) and set(dtypes) != {"F32"}:
         return Preservation("approximate", f"down projections times {granularity} are rounded to 16 bits")
@@ -45,10 +45,6 @@ def _obstacle(recipe: ConversionRecipe, config: UpcycledQwenMoeConfig) -> str | 
         return f"it joins {recipe.num_sources} dense models"
     if backbone_method(recipe) == "random":
         return "all but the experts is drawn at random"
-    if recipe.experts == "random":
-        return "experts are drawn at random"
-    if recipe.experts == "drop":
-        return f"{recipe.drop_ratio:.3g} of each expert's neurons are redrawn"
     if recipe.num_zero_experts or recipe.num_copy_experts or recipe.num_constant_experts:
         return "experts without computation take a share of the weights"
     if not config.norm_topk_prob:

@@ -85,12 +85,12 @@ def test_a_parent_on_the_hub_is_linked(dense, linear_recipe):
         ({}, "**Freshly converted:** it computes what its parent computes.", None),
         (
             {"experts": "noise"},
-            "it computes nearly what its parent computes: experts are copies with noise of 0.01 standard deviations.",
+            "it computes nearly what its parent computes: experts are copies of the FFN with noise of 0.01 standard deviations.",
             None,
         ),
         (
             {"experts": "drop"},
-            "it does not compute what its parent computes: 0.5 of each expert's neurons are redrawn. It has to be",
+            "it does not compute what its parent computes: experts are copies of the FFN with 0.5 of its neurons redrawn. It has to be",
             "2502.19261",
         ),
         ({"experts": "split"}, "**Freshly converted:** it computes what its parent computes.", "2410.07524"),

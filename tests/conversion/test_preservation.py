@@ -36,7 +36,7 @@ CASES = {
         "in training, tokens that no expert chooses skip the layer",
     ),
     "noise": ({"experts": "noise"}, "approximate", "noise of 0.01 standard deviations"),
-    "drop": ({"experts": "drop", "drop_ratio": 0.25}, "none", "0.25 of each expert's neurons are redrawn"),
+    "drop": ({"experts": "drop", "drop_ratio": 0.25}, "none", "0.25 of its neurons redrawn"),
     "random": ({"experts": "random"}, "none", "experts are drawn at random"),
     "random backbone": ({"backbone": "random"}, "none", "all but the experts is drawn at random"),
     "zero experts": ({"num_zero_experts": 2}, "none", "without computation"),
