@@ -19,7 +19,8 @@ from collections.abc import Sequence
 
 import torch
 
-from modeling_upcycled_moe import UpcycledQwenMoeConfig, routing_probabilities
+from modeling_upcycled_moe import UpcycledQwenMoeConfig, expert_counts
+from modeling_upcycled_moe.selection_upcycled_moe import routing_log_probabilities
 
 
 # Tokens that are counted at a time, so that the memory for it does not grow with the batch.
@@ -64,16 +65,16 @@ class RouterStatistics:
         for layer, (logits, selected) in enumerate(zip(router_logits, selected_experts, strict=True)):
             for begin in range(0, logits.shape[0], CHUNK_TOKENS):
                 chunk = slice(begin, begin + CHUNK_TOKENS)
-                probabilities = routing_probabilities(logits[chunk], config)
+                log_probabilities = routing_log_probabilities(logits[chunk], config)
                 counted = None if weights is None else weights[chunk]
-                self._add(layer, logits[chunk], probabilities, selected[chunk], counted)
+                self._add(layer, logits[chunk], log_probabilities, selected[chunk], counted)
 
     def _add(
         self,
         layer: int,
         logits: torch.Tensor,
-        probabilities: torch.Tensor,
-        chosen: torch.Tensor,
+        log_probabilities: torch.Tensor,
+        selected: torch.Tensor,
         weights: torch.Tensor | None,
     ) -> None:
         """Add the tokens of `logits` [T, E] to those of a layer."""
@@ -82,11 +83,9 @@ class RouterStatistics:
             counted = torch.ones(logits.shape[0], dtype=dtype, device=logits.device)
         else:
             counted = weights.to(logits.device, dtype)
-        slots = logits.new_zeros(logits.shape[0], logits.shape[1] + 1, dtype=dtype)
-        selected = slots.scatter_(-1, chosen, 1.0)[:, :-1]  # [T, E]
-        entropy = torch.special.entr(probabilities).sum(dim=-1)  # [T]
+        entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)  # [T]
         variance = logits.float().var(dim=-1, correction=0)  # [T]
-        self.selected[layer] += (counted @ selected).to(device)
+        self.selected[layer] += expert_counts(selected, logits.shape[1], counted).to(device)
         self.entropy[layer] += (counted @ entropy.to(dtype)).to(device)
         self.variance[layer] += (counted @ variance.to(dtype)).to(device)
         self.num_tokens[layer] += counted.sum().to(device)

@@ -11,7 +11,7 @@ from .modeling_upcycled_moe import (
     UpcycledQwenMoePreTrainedModel,
 )
 from .routers_upcycled_moe import ROUTERS, GroupedAverageRouter, LinearRouter, MixtureRouter, MLPRouter, Router
-from .selection_upcycled_moe import SELECTIONS, routing_probabilities
+from .selection_upcycled_moe import SELECTIONS, ExpertSelector, expert_counts
 
 
 AutoConfig.register(UpcycledQwenMoeConfig.model_type, UpcycledQwenMoeConfig, exist_ok=True)
@@ -25,6 +25,7 @@ __all__ = [
     "ROUTERS",
     "ROUTER_LOSSES",
     "SELECTIONS",
+    "ExpertSelector",
     "GroupedAverageRouter",
     "LinearRouter",
     "MLPRouter",
@@ -35,6 +36,6 @@ __all__ = [
     "UpcycledQwenMoeForSequenceClassification",
     "UpcycledQwenMoeModel",
     "UpcycledQwenMoePreTrainedModel",
+    "expert_counts",
     "router_losses",
-    "routing_probabilities",
 ]

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
+from .losses_upcycled_moe import ROUTER_LOSSES
+from .selection_upcycled_moe import SELECTIONS
+
 
 if TYPE_CHECKING:
     # Saving the configuration copies the files named in its relative imports beside the weights; this one names the
@@ -26,9 +29,6 @@ AUTO_MAP = {
 ROUTER_FIELDS = {
     "mixture": {"num_routers": None, "num_router_keys": None, "router_head_dim": None, "router_pooling": "sum"},
 }
-
-# Ways of selection that choose the same number of experts from each of `num_expert_groups` groups.
-GROUPED_SELECTIONS = ("grouped_top_k", "prototype_top_k")
 
 # Tensor-parallel styles of the shared expert are those of the dense MLP.
 _SHARED_EXPERT_TP_PLAN = {
@@ -86,8 +86,8 @@ class UpcycledQwenMoeConfig(Qwen3Config):
             - `"top_k"`: the `num_experts_per_tok` best.
             - `"grouped_top_k"`: as many from each of `num_expert_groups` groups of neighbours; weights as for
               `top_k` (Mixture of Grouped Experts).
-            - `"prototype_top_k"`: the same, but every group is a router of its own, with scores and weights that sum
-              to `1 / num_expert_groups` (expert prototyping).
+            - `"prototype_top_k"`: the same, but every group is a router of its own, with a softmax and, under
+              `norm_topk_prob`, weights that sum to `1 / num_expert_groups` (expert prototyping).
             - `"top_p"`: the best until their scores sum to `router_top_p`, at most `num_experts_per_tok`.
             - `"expert_choice"`: in training each expert takes its `T * num_experts_per_tok / num_experts` best tokens
               of the `T` in the batch, so that a token's experts depend on tokens after it: not causal. In evaluation
@@ -133,13 +133,13 @@ class UpcycledQwenMoeConfig(Qwen3Config):
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
     shared_expert_intermediate_size: int = 0
-    decoder_sparse_step: int = 1
-    mlp_only_layers: list[int] | None = None
-    norm_topk_prob: bool = True
     shared_expert_gating: Literal["sigmoid", "plain", "complement"] = "sigmoid"
     num_zero_experts: int = 0
     num_copy_experts: int = 0
     num_constant_experts: int = 0
+    decoder_sparse_step: int = 1
+    mlp_only_layers: list[int] | None = None
+    norm_topk_prob: bool = True
     router_type: Literal["linear", "mixture", "mlp", "grouped_average"] = "mixture"
     num_routers: int | None = None
     num_router_keys: int | None = None
@@ -178,7 +178,9 @@ class UpcycledQwenMoeConfig(Qwen3Config):
             if self.num_routers is None:
                 self.num_routers = self.num_experts
             if self.num_router_keys is None:
-                self.num_router_keys = max(self.num_routers, self.num_routed_experts)
+                # Every expert owns as many; sizes that the validators refuse must not fail here first.
+                num_experts = max(self.num_routed_experts, 1)
+                self.num_router_keys = -(-max(self.num_routers, num_experts) // num_experts) * num_experts
             if self.router_head_dim is None:
                 self.router_head_dim = -(-self.num_attention_heads * self.head_dim // max(self.num_routers, 1))
         # Transformers warns of rules that no parameter matches.
@@ -221,12 +223,26 @@ class UpcycledQwenMoeConfig(Qwen3Config):
     @property
     def has_empty_slots(self) -> bool:
         """Whether a token may have fewer than `num_experts_per_tok` experts with computation."""
-        return self.router_selection in ("top_p", "expert_choice") or self.num_routed_experts > self.num_experts
+        return SELECTIONS[self.router_selection].leaves_empty_slots or self.num_routed_experts > self.num_experts
+
+    @property
+    def has_constant_weights(self) -> bool:
+        """Whether a token's weights do not depend on its scores, so that only router losses teach the router."""
+        num_competing = self.num_experts_per_tok
+        if self.router_selection == "prototype_top_k":
+            num_competing //= self.num_expert_groups
+        return self.norm_topk_prob and self.shared_expert_gating != "complement" and num_competing == 1
 
     @property
     def moe_layers(self) -> list[int]:
         """Indices of the decoder layers that have experts."""
         return [layer_idx for layer_idx in range(self.num_hidden_layers) if self.is_moe_layer(layer_idx)]
+
+    @property
+    def _experts_text(self) -> str:
+        """How errors name the experts that a router chooses from."""
+        num_free = self.num_routed_experts - self.num_experts
+        return f"num_experts={self.num_experts}" + f" and {num_free} without computation" * (num_free > 0)
 
     def validate_attention(self):
         """Part of `@strict` validation."""
@@ -274,8 +290,8 @@ class UpcycledQwenMoeConfig(Qwen3Config):
                 raise ValueError(f"{name}={getattr(self, name)} is negative; 0 means none.")
         if self.num_experts_per_tok > self.num_routed_experts:
             raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} exceeds num_experts={self.num_routed_experts}; "
-                "lower it or add experts."
+                f"num_experts_per_tok={self.num_experts_per_tok} exceeds {self._experts_text}; lower it or add "
+                "experts."
             )
         for name in ("intermediate_size", "moe_intermediate_size"):
             if getattr(self, name) < 1:
@@ -291,11 +307,14 @@ class UpcycledQwenMoeConfig(Qwen3Config):
                 "out or set shared_expert_intermediate_size."
             )
         if self.shared_expert_gating == "complement" and not (
-            self.norm_topk_prob and self.router_score_function == "softmax" and self.router_selection == "top_k"
+            self.norm_topk_prob
+            and self.router_score_function == "softmax"
+            and self.router_selection == "top_k"
+            and not self.use_router_bias
         ):
             raise ValueError(
                 "shared_expert_gating='complement' settles all weights itself; it needs norm_topk_prob=True, "
-                "router_score_function='softmax' and router_selection='top_k'."
+                "router_score_function='softmax', router_selection='top_k' and no use_router_bias."
             )
         if self.decoder_sparse_step < 1:
             raise ValueError(
@@ -328,13 +347,13 @@ class UpcycledQwenMoeConfig(Qwen3Config):
                     raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
             if self.num_router_keys % self.num_routed_experts:
                 raise ValueError(
-                    f"num_router_keys={self.num_router_keys} is not a multiple of "
-                    f"num_experts={self.num_routed_experts}: every expert owns the same number of keys."
+                    f"num_router_keys={self.num_router_keys} is not a multiple of {self._experts_text}: every expert "
+                    "owns the same number of keys."
                 )
         if self.router_type == "grouped_average" and self.hidden_size % self.num_routed_experts:
             raise ValueError(
                 f"router_type='grouped_average' averages equal parts of the token, one for each expert, but "
-                f"num_experts={self.num_routed_experts} does not divide hidden_size={self.hidden_size}."
+                f"{self._experts_text} does not divide hidden_size={self.hidden_size}."
             )
         if not 0 <= self.router_jitter_noise < 1:
             raise ValueError(f"router_jitter_noise={self.router_jitter_noise} is outside [0, 1).")
@@ -343,12 +362,14 @@ class UpcycledQwenMoeConfig(Qwen3Config):
 
     def validate_selection(self):
         """Part of `@strict` validation."""
-        if self.router_selection in GROUPED_SELECTIONS:
+        selection = SELECTIONS[self.router_selection]
+        if selection.is_grouped:
             self._validate_groups()
         elif self.num_expert_groups is not None:
+            grouped = " or ".join(repr(name) for name, other in SELECTIONS.items() if other.is_grouped)
             raise ValueError(
                 f"router_selection={self.router_selection!r} does not use num_expert_groups; leave it out or set "
-                f"router_selection to {' or '.join(map(repr, GROUPED_SELECTIONS))}."
+                f"router_selection to {grouped}."
             )
         if self.router_selection == "top_p":
             if self.router_top_p is None or not 0 < self.router_top_p <= 1:
@@ -362,13 +383,17 @@ class UpcycledQwenMoeConfig(Qwen3Config):
                 f"router_selection={self.router_selection!r} does not use router_top_p; leave it out or set "
                 "router_selection='top_p'."
             )
-        if self.use_router_bias and self.router_selection in ("top_p", "expert_choice"):
+        if self.use_router_bias and not selection.takes_bias:
             raise ValueError(
                 f"use_router_bias=True has no meaning with router_selection={self.router_selection!r}, which "
                 "does not compare biased scores; leave it out."
             )
-        has_free_experts = self.num_routed_experts > self.num_experts
-        if has_free_experts and self.router_selection in (*GROUPED_SELECTIONS, "expert_choice"):
+        if not self.use_router_bias and self.router_bias_update_rate != type(self).router_bias_update_rate:
+            raise ValueError(
+                f"router_bias_update_rate={self.router_bias_update_rate} has no meaning with use_router_bias=False; "
+                "leave it out or set use_router_bias=True."
+            )
+        if self.num_routed_experts > self.num_experts and not selection.takes_free_experts:
             raise ValueError(
                 f"num_zero_experts, num_copy_experts and num_constant_experts do not go with "
                 f"router_selection={self.router_selection!r}; use 'top_k' or 'top_p'."
@@ -387,12 +412,7 @@ class UpcycledQwenMoeConfig(Qwen3Config):
 
     def validate_losses(self):
         """Part of `@strict` validation."""
-        for name in (
-            "router_aux_loss_coef",
-            "router_z_loss_coef",
-            "router_entropy_loss_coef",
-            "router_locality_loss_coef",
-        ):
+        for name in ROUTER_LOSSES.values():
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} is outside [0, inf); 0 turns the loss off.")
         if self.expert_nodes is None:
@@ -405,4 +425,4 @@ class UpcycledQwenMoeConfig(Qwen3Config):
             )
 
 
-__all__ = ["AUTO_MAP", "GROUPED_SELECTIONS", "UpcycledQwenMoeConfig"]
+__all__ = ["AUTO_MAP", "UpcycledQwenMoeConfig"]

@@ -3,11 +3,9 @@
 Dimensions: L MoE layers, T tokens, E experts to choose from, K slots of a token.
 """
 
-import os
-
 import torch
 
-from .selection_upcycled_moe import routing_probabilities
+from .selection_upcycled_moe import routing_log_probabilities
 
 
 # Field of the model's output that a loss is in, and of the configuration that its weight is in.
@@ -68,37 +66,37 @@ def load_balancing_losses(
 
 
 def router_z_losses(
-    router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None = None, num_groups: int = 1
 ) -> torch.Tensor:
-    """Return the router z-loss of each layer [L]: the mean over tokens of `logsumexp(logits)²`.
+    """Return the router z-loss of each layer [L]: the mean over tokens, and groups, of `logsumexp(logits)²`.
 
     Args:
         router_logits: one [T, E] tensor a layer.
+        num_groups: parts of the logits that have a softmax of their own.
         attention_mask: [batch, sequence], 0 for padding tokens, which do not count.
     Source: ST-MoE (arXiv 2202.08906), equation 5.
     """
-    return _stack(
-        [
-            _masked_mean(torch.logsumexp(logits.float(), dim=-1) ** 2, token_weights(attention_mask, logits.shape[0]))
-            for logits in router_logits
-        ]
-    )
+    losses = []
+    for logits in router_logits:
+        normalizers = torch.logsumexp(logits.float().unflatten(-1, (num_groups, -1)), dim=-1)  # [T, G]
+        losses.append(_masked_mean((normalizers**2).mean(dim=-1), token_weights(attention_mask, logits.shape[0])))
+    return _stack(losses)
 
 
 def router_entropy_losses(
-    probabilities: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None = None
+    log_probabilities: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return the mean over tokens of `-Σ_e p_e ln p_e`, in nats, of each layer [L].
 
     Args:
-        probabilities: one [T, E] tensor a layer.
+        log_probabilities: `ln p`, one [T, E] tensor a layer.
         attention_mask: [batch, sequence], 0 for padding tokens, which do not count.
     Source: Harder Tasks Need More Experts (arXiv 2403.07652), its dynamic loss.
     """
     return _stack(
         [
-            _masked_mean(torch.special.entr(layer).sum(dim=-1), token_weights(attention_mask, layer.shape[0]))
-            for layer in probabilities
+            _masked_mean(-(layer.exp() * layer).sum(dim=-1), token_weights(attention_mask, layer.shape[0]))
+            for layer in log_probabilities
         ]
     )
 
@@ -147,21 +145,26 @@ def router_losses(
     router_logits: tuple[torch.Tensor, ...],
     selected_experts: tuple[torch.Tensor, ...],
     attention_mask: torch.Tensor | None = None,
+    node: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Return the losses [L] of `computed_losses` by their names, not weighted."""
-    names = computed_losses(config)
-    probabilities = tuple(routing_probabilities(logits, config) for logits in router_logits)
-    losses = {
-        "aux_loss": load_balancing_losses(probabilities, selected_experts, attention_mask),
-        "z_loss": router_z_losses(router_logits, attention_mask),
+    """Return the losses [L] of `computed_losses` by their names, not weighted.
+
+    Args:
+        router_logits: one [T, E] tensor a layer.
+        selected_experts: one [T, K] tensor a layer; E in an empty slot.
+        attention_mask: [batch, sequence], 0 for padding tokens, which do not count.
+        node: node that the tokens are on, for the locality loss.
+    """
+    log_probabilities = tuple(routing_log_probabilities(logits, config) for logits in router_logits)
+    probabilities = tuple(layer.exp() for layer in log_probabilities)
+    num_groups = config.num_expert_groups if config.router_selection == "prototype_top_k" else 1
+    functions = {
+        "aux_loss": lambda: load_balancing_losses(probabilities, selected_experts, attention_mask),
+        "z_loss": lambda: router_z_losses(router_logits, attention_mask, num_groups),
+        "entropy_loss": lambda: router_entropy_losses(log_probabilities, attention_mask),
+        "locality_loss": lambda: locality_losses(probabilities, config.expert_nodes, node, attention_mask),
     }
-    if "entropy_loss" in names:
-        losses["entropy_loss"] = router_entropy_losses(probabilities, attention_mask)
-    if "locality_loss" in names:
-        # `torchrun` and `accelerate launch` number the nodes so; a single process is on the first.
-        node = int(os.environ.get("GROUP_RANK", "0"))
-        losses["locality_loss"] = locality_losses(probabilities, config.expert_nodes, node, attention_mask)
-    return losses
+    return {name: functions[name]() for name in computed_losses(config)}
 
 
 def _stack(losses: list[torch.Tensor]) -> torch.Tensor:

@@ -34,10 +34,22 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_upcycled_moe import UpcycledQwenMoeConfig
 from .losses_upcycled_moe import ROUTER_LOSSES, router_losses
 from .routers_upcycled_moe import ROUTERS, LinearRouter, Router
-from .selection_upcycled_moe import routing_scores
+from .selection_upcycled_moe import SELECTIONS, ExpertSelector, log_scores
 
 
 logger = logging.get_logger(__name__)
+
+
+@dataclass
+class UpcycledQwenMoeModelOutputWithPast(MoeModelOutputWithPast):
+    """Outputs of [`UpcycledQwenMoeModel`]; those not listed here are Transformers' own.
+
+    Args:
+        router_logits (`tuple[torch.FloatTensor]`): One tensor [T, E] for each MoE layer.
+        selected_experts (`tuple[torch.LongTensor]`): One tensor [T, K] for each MoE layer; E in an empty slot.
+    """
+
+    selected_experts: tuple[torch.LongTensor, ...] | None = None
 
 
 @dataclass
@@ -101,6 +113,8 @@ class UpcycledQwenMoeConstantExperts(nn.Module):
 
 
 class UpcycledQwenMoeSparseMoeBlock(nn.Module):
+    """A router, the experts that it sends a token to, and one that sees every token, if the configuration has it."""
+
     def __init__(self, config: UpcycledQwenMoeConfig):
         super().__init__()
         self.config = config
@@ -118,13 +132,20 @@ class UpcycledQwenMoeSparseMoeBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
         router_logits, weights, index = self.gate(tokens)
-        if self.config.has_empty_slots:
+        if self._may_have_empty_slots():
             output = self._filled_slots(tokens, weights, index) + self._without_computation(tokens, weights, index)
         else:
             output = self.experts(tokens, index, weights)
         if self.shared_expert is not None:
             output = output + self._shared_weight(tokens, router_logits) * self.shared_expert(tokens)
         return output.reshape(hidden_states.shape)
+
+    def _may_have_empty_slots(self) -> bool:
+        """As the configuration says, but for expert choice in evaluation mode."""
+        config = self.config
+        if not self.training and SELECTIONS[config.router_selection].in_evaluation is not None:
+            return False
+        return config.has_empty_slots
 
     def _filled_slots(self, tokens: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Return the output [T, H] of the experts with computation, where tokens have fewer than K of them.
@@ -133,8 +154,11 @@ class UpcycledQwenMoeSparseMoeBlock(nn.Module):
         there every slot is, those of no expert with weight zero.
         """
         is_filled = index < self.config.num_experts
+        index, weights = index.masked_fill(~is_filled, 0), weights.masked_fill(~is_filled, 0.0)
         if is_torchdynamo_compiling():
-            return self.experts(tokens, index.masked_fill(~is_filled, 0), weights.masked_fill(~is_filled, 0.0))
+            return self.experts(tokens, index, weights)
+        # One pair at least, with weight zero, so that the experts always have gradients: DDP waits for them.
+        is_filled[:1, :1] |= ~is_filled.any()
         token, slot = is_filled.nonzero(as_tuple=True)
         outputs = self.experts(tokens[token], index[token, slot, None], weights[token, slot, None])
         return torch.zeros_like(tokens).index_add(0, token, outputs)
@@ -162,7 +186,8 @@ class UpcycledQwenMoeSparseMoeBlock(nn.Module):
         if self.config.shared_expert_gating == "sigmoid":
             return F.sigmoid(self.shared_expert_gate(tokens))
         # From the logits: under expert parallelism a process has the weights of its own experts only.
-        return 1 - routing_scores(router_logits, self.config).amax(dim=-1, keepdim=True).to(tokens.dtype)
+        highest = log_scores(router_logits, self.config).amax(dim=-1, keepdim=True)
+        return -torch.expm1(highest).to(tokens.dtype)
 
 
 ATTENTION_CLASSES = {"qwen2": Qwen2Attention, "qwen3": Qwen3Attention}
@@ -196,11 +221,17 @@ class UpcycledQwenMoePreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "router_logits": OutputRecorder(Router, index=0),
+        "selected_experts": OutputRecorder(ExpertSelector, index=1),
         "hidden_states": UpcycledQwenMoeDecoderLayer,
         "attentions": [OutputRecorder(attention, index=1) for attention in ATTENTION_CLASSES.values()],
     }
 
+    # Node that this process is on, for the locality loss; a trainer sets it.
+    expert_node = 0
+
     def __init__(self, config: UpcycledQwenMoeConfig, *args, **kwargs):
+        # Fields may have been set one by one since it was made, as `from_pretrained` sets its keyword arguments.
+        config.validate()
         super().__init__(config, *args, **kwargs)
         if config.use_router_bias:
             self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
@@ -220,6 +251,8 @@ class UpcycledQwenMoePreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, Router):
             module.reset_parameters(std=self.config.initializer_range)
+        elif isinstance(module, ExpertSelector) and self.config.use_router_bias:
+            init.zeros_(module.e_score_correction_bias)
 
     @torch.no_grad()
     def fold_routers(self) -> "UpcycledQwenMoePreTrainedModel":
@@ -237,9 +270,11 @@ class UpcycledQwenMoePreTrainedModel(PreTrainedModel):
         for block, weight in zip(blocks, folded, strict=True):
             router = LinearRouter(self.config).train(block.gate.training)
             # A router without parameters folds into what its block computes in.
-            router.weight = nn.Parameter(weight.to(next(block.gate.parameters(), block.experts.down_proj)))
-            if self.config.use_router_bias:
-                router.e_score_correction_bias = block.gate.e_score_correction_bias
+            router.weight = nn.Parameter(
+                weight.to(next(block.gate.parameters(), block.experts.down_proj)),
+                requires_grad=any(parameter.requires_grad for parameter in block.gate.parameters()),
+            )
+            router.selector = block.gate.selector
             # Transformers installs the hooks that record router logits once: they move to the new router.
             router._forward_hooks.update(block.gate._forward_hooks)
             block.gate = router
@@ -261,48 +296,38 @@ class UpcycledQwenMoePreTrainedModel(PreTrainedModel):
         """
         if not self.config.use_router_bias:
             raise ValueError("The routers have no bias to update; set use_router_bias=True.")
-        for block, layer_loads in zip(self._moe_blocks(), loads, strict=True):
-            block.gate.update_bias(layer_loads)
+        selectors = [module for module in self.modules() if isinstance(module, ExpertSelector)]
+        for selector, layer_loads in zip(selectors, loads, strict=True):
+            selector.update_bias(layer_loads)
 
     def _has_router_loss(self) -> bool:
         return any(getattr(self.config, coefficient) > 0 for coefficient in ROUTER_LOSSES.values())
 
-    def _records_router_logits(self, labels: torch.Tensor | None, output_router_logits: bool) -> bool:
-        """Whether the router losses are needed: asked for, or part of a training loss."""
-        return output_router_logits or (self.training and labels is not None and self._has_router_loss())
-
-    @torch.no_grad()
-    def _selected_experts(self, router_logits: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...] | None:
-        """Return the index [T, K] that each router made of its logits.
-
-        Made again rather than recorded: expert parallelism renumbers what the routers return.
-        """
-        if not router_logits:
-            return None
-        blocks = self._moe_blocks()
-        return tuple(block.gate.select(logits)[1] for block, logits in zip(blocks, router_logits, strict=True))
+    def _router_outputs(self, labels: torch.Tensor | None, output_router_logits: bool) -> dict[str, bool]:
+        """Return what to record of the routers: all if it is asked for, or part of a training loss."""
+        is_needed = output_router_logits or (self.training and labels is not None and self._has_router_loss())
+        return {"output_router_logits": is_needed, "output_selected_experts": is_needed}
 
     def _router_losses(
-        self,
-        router_logits: tuple[torch.Tensor, ...] | None,
-        selected_experts: tuple[torch.Tensor, ...] | None,
-        attention_mask: torch.Tensor | None,
+        self, outputs: UpcycledQwenMoeModelOutputWithPast, attention_mask: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         """Return the mean over layers of each router loss, and the weighted sum `router_loss`; nothing if not needed.
 
         Raises:
             ValueError: if the routers are being trained but the losses cannot reach them.
         """
-        if not router_logits:
+        if not outputs.router_logits:
             return {}
         if self.training and torch.is_grad_enabled() and self._has_router_loss():
-            for block, logits in zip(self._moe_blocks(), router_logits, strict=True):
+            for block, logits in zip(self._moe_blocks(), outputs.router_logits, strict=True):
                 if not logits.requires_grad and any(parameter.requires_grad for parameter in block.gate.parameters()):
                     raise ValueError(
                         "The router losses have no gradient: gradient checkpointing with use_reentrant=True cuts them "
                         "off. Use use_reentrant=False, or set the coefficients of the router losses to 0."
                     )
-        by_layer = router_losses(self.config, router_logits, selected_experts, attention_mask)
+        by_layer = router_losses(
+            self.config, outputs.router_logits, outputs.selected_experts, attention_mask, self.expert_node
+        )
         losses = {name: layers.mean() for name, layers in by_layer.items()}
         losses["router_loss"] = sum(getattr(self.config, ROUTER_LOSSES[name]) * loss for name, loss in losses.items())
         return losses
@@ -333,7 +358,7 @@ class UpcycledQwenMoeModel(UpcycledQwenMoePreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MoeModelOutputWithPast:
+    ) -> UpcycledQwenMoeModelOutputWithPast:
         """Return the hidden states [B, S, H] after the last norm.
 
         Raises:
@@ -375,7 +400,7 @@ class UpcycledQwenMoeModel(UpcycledQwenMoePreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-        return MoeModelOutputWithPast(
+        return UpcycledQwenMoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else None,
         )
@@ -421,14 +446,13 @@ class UpcycledQwenMoeForCausalLM(UpcycledQwenMoePreTrainedModel, GenerationMixin
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=self._records_router_logits(labels, output_router_logits),
+            **self._router_outputs(labels, output_router_logits),
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
 
-        selected_experts = self._selected_experts(outputs.router_logits)
-        losses = self._router_losses(outputs.router_logits, selected_experts, attention_mask)
+        losses = self._router_losses(outputs, attention_mask)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
@@ -442,7 +466,7 @@ class UpcycledQwenMoeForCausalLM(UpcycledQwenMoePreTrainedModel, GenerationMixin
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
-            selected_experts=selected_experts if output_router_logits else None,
+            selected_experts=outputs.selected_experts if output_router_logits else None,
             **losses,
         )
 
@@ -505,15 +529,14 @@ class UpcycledQwenMoeForSequenceClassification(UpcycledQwenMoePreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=self._records_router_logits(labels, output_router_logits),
+            **self._router_outputs(labels, output_router_logits),
             **kwargs,
         )
         logits = self.score(outputs.last_hidden_state)
         sequences = torch.arange(logits.shape[0], device=logits.device)
         pooled_logits = logits[sequences, self._last_token(input_ids, logits)]
 
-        selected_experts = self._selected_experts(outputs.router_logits)
-        losses = self._router_losses(outputs.router_logits, selected_experts, attention_mask)
+        losses = self._router_losses(outputs, attention_mask)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled_logits, config=self.config)
@@ -526,7 +549,7 @@ class UpcycledQwenMoeForSequenceClassification(UpcycledQwenMoePreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
-            selected_experts=selected_experts if output_router_logits else None,
+            selected_experts=outputs.selected_experts if output_router_logits else None,
             **losses,
         )
 

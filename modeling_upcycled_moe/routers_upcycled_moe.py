@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from .selection_upcycled_moe import SELECTIONS, expert_weights, routing_scores
+from .selection_upcycled_moe import ExpertSelector
 
 
 class Router(nn.Module):
@@ -25,9 +25,7 @@ class Router(nn.Module):
         # Those with computation; expert-parallel plans of Transformers share them out.
         self.num_experts = config.num_experts
         self.num_routed_experts = config.num_routed_experts
-        if config.use_router_bias:
-            # Named as in stock DeepSeek-V3 models. Steps of a thousandth need float32.
-            self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_routed_experts, dtype=torch.float32))
+        self.selector = ExpertSelector(config)
 
     def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the router logits [T, E] of `hidden_states` [T, H]."""
@@ -57,34 +55,10 @@ class Router(nn.Module):
         """Return the weight for `fold`, where nothing stands in the way."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
-        """Draw the parameters from N(0, std) and set the bias to zero."""
+        """Draw the parameters from N(0, std)."""
         for parameter in self.parameters(recurse=False):
             init.normal_(parameter, mean=0.0, std=std)
-        if self.config.use_router_bias:
-            init.zeros_(self.e_score_correction_bias)
-
-    @torch.no_grad()
-    def update_bias(self, loads: torch.Tensor) -> None:
-        """Move the bias of every expert by `router_bias_update_rate` towards the mean of `loads` [E].
-
-        Source: Auxiliary-Loss-Free Load Balancing (arXiv 2408.15664), algorithm 1.
-        """
-        loads = loads.to(self.e_score_correction_bias)
-        self.e_score_correction_bias += self.config.router_bias_update_rate * torch.sign(loads.mean() - loads)
-
-    def select(self, router_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return weights [T, K] and index [T, K] of each token's experts; index E and weight 0 in an empty slot."""
-        scores = routing_scores(router_logits, self.config)
-        selection = self.config.router_selection
-        if selection == "expert_choice" and not self.training:
-            selection = "top_k"  # by the token alone, so that generation does not depend on what comes after it
-        choice = scores.detach()
-        if self.config.use_router_bias:
-            choice = choice + self.e_score_correction_bias
-        index = SELECTIONS[selection](choice, self.config)
-        return expert_weights(scores, index, self.config), index
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return router logits [T, E], the weights [T, K] and the indices [T, K] of the experts of each token.
@@ -97,7 +71,7 @@ class Router(nn.Module):
             noise = torch.empty_like(hidden_states).uniform_(1.0 - jitter_noise, 1.0 + jitter_noise)
             hidden_states = hidden_states * noise
         router_logits = self.score(hidden_states)
-        weights, index = self.select(router_logits)
+        weights, index = self.selector(router_logits)
         return router_logits, weights.to(router_logits.dtype), index
 
 
@@ -164,7 +138,7 @@ class MixtureRouter(Router):
             )
         if self.num_keys != self.num_routed_experts:
             return (
-                f"num_router_keys={self.num_keys} with num_experts={self.num_routed_experts} does not fold into a "
+                f"num_router_keys={self.num_keys} for {self.num_routed_experts} experts does not fold into a "
                 "linear router: the best of several keys is not linear in the token. Only one key an expert folds."
             )
         return None

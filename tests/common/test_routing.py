@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from modeling_upcycled_moe import UpcycledQwenMoeConfig, routing_probabilities
+from modeling_upcycled_moe import UpcycledQwenMoeConfig
 from upcycled_moe.common import routing
 from upcycled_moe.common.routing import RouterStatistics, router_metrics
 
@@ -120,11 +120,11 @@ def test_a_large_batch_is_counted_in_small_parts(monkeypatch, router_logits, wei
     monkeypatch.setattr(routing, "CHUNK_TOKENS", 8)
     sizes = []
 
-    def measured_probabilities(logits, config):
+    def measured(logits, config, _function=routing.routing_log_probabilities):
         sizes.append(len(logits))
-        return routing_probabilities(logits, config)
+        return _function(logits, config)
 
-    monkeypatch.setattr(routing, "routing_probabilities", measured_probabilities)
+    monkeypatch.setattr(routing, "routing_log_probabilities", measured)
     _assert_equal(_metrics(router_logits, TOP_K, weights), _naive(router_logits, TOP_K, weights))
     assert sizes == [8, 8, 8, 8, 5]
 

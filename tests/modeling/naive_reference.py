@@ -127,7 +127,7 @@ def moe_block(block, x: Tensor, config) -> tuple[Tensor, Tensor]:
     """Return output [H] and scores [E] of `block` for one token, reading nothing but its parameters."""
     scores = router_scores(block.gate, x, config)
     output = torch.zeros_like(x)
-    bias = block.gate.e_score_correction_bias if config.use_router_bias else None
+    bias = block.gate.selector.e_score_correction_bias if config.use_router_bias else None
     for expert, weight in select(scores, config, bias):
         output = output + weight * expert_output(block, x, expert, config)
     if config.shared_expert_intermediate_size:

@@ -4,14 +4,14 @@ import naive_reference
 import pytest
 import torch
 
-from modeling_upcycled_moe import UpcycledQwenMoeConfig, routing_probabilities
+from modeling_upcycled_moe import UpcycledQwenMoeConfig
 from modeling_upcycled_moe.losses_upcycled_moe import (
     load_balancing_losses,
     locality_losses,
     router_entropy_losses,
     router_losses,
 )
-from modeling_upcycled_moe.selection_upcycled_moe import SELECTIONS, routing_scores
+from modeling_upcycled_moe.selection_upcycled_moe import SELECTIONS, log_scores, routing_log_probabilities
 
 
 LEFT_PADDED = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
@@ -30,12 +30,11 @@ def config_of(num_experts: int = 4, **fields) -> UpcycledQwenMoeConfig:
     return UpcycledQwenMoeConfig(router_type="linear", num_experts=num_experts, **fields)
 
 
-def losses_of(router_logits: tuple[torch.Tensor, ...], config, attention_mask=None) -> dict[str, torch.Tensor]:
+def losses_of(router_logits, config, attention_mask=None, node=0) -> dict[str, torch.Tensor]:
     """Return the losses of routers that select what `config` says of `router_logits`."""
-    selected = tuple(
-        SELECTIONS[config.router_selection](routing_scores(logits, config), config) for logits in router_logits
-    )
-    return router_losses(config, router_logits, selected, attention_mask)
+    select = SELECTIONS[config.router_selection].select
+    selected = tuple(select(log_scores(logits, config), config) for logits in router_logits)
+    return router_losses(config, router_logits, selected, attention_mask, node)
 
 
 SELECTED = {
@@ -58,7 +57,13 @@ def test_each_layer_s_losses_equal_the_formulas_gradients_included(attention_mas
     fast = torch.autograd.grad(layer_weights @ (losses["aux_loss"] + losses["z_loss"]), router_logits)
 
     naive_balance = torch.stack([naive_reference.balance_loss(logits, config, is_token) for logits in router_logits])
-    naive_z = torch.stack([naive_reference.z_loss(logits, is_token) for logits in router_logits])
+    parts = config.num_expert_groups or 1
+    naive_z = torch.stack(
+        [
+            sum(naive_reference.z_loss(part, is_token) for part in logits.chunk(parts, dim=-1)) / parts
+            for logits in router_logits
+        ]
+    )
     slow = torch.autograd.grad(layer_weights @ (naive_balance + naive_z), router_logits)
 
     assert losses.keys() == {"aux_loss", "z_loss"}
@@ -68,13 +73,12 @@ def test_each_layer_s_losses_equal_the_formulas_gradients_included(attention_mas
 
 
 @pytest.mark.parametrize("attention_mask", MASKS.values(), ids=MASKS)
-def test_entropy_and_locality_equal_the_formulas(attention_mask, monkeypatch):
-    monkeypatch.setenv("GROUP_RANK", "1")
+def test_entropy_and_locality_equal_the_formulas(attention_mask):
     config = config_of(5, router_entropy_loss_coef=0.1, router_locality_loss_coef=0.1, expert_nodes=[0, 1, 1, 2, 0])
     router_logits = tuple(torch.randn(12, 5) for _ in range(2))
     is_token = [True] * 12 if attention_mask is None else attention_mask.flatten().bool().tolist()
 
-    losses = losses_of(router_logits, config, attention_mask)
+    losses = losses_of(router_logits, config, attention_mask, node=1)
 
     for layer, logits in enumerate(router_logits):
         rows = [naive_reference.softmax(row) for row, counts in zip(logits, is_token, strict=True) if counts]
@@ -85,9 +89,9 @@ def test_entropy_and_locality_equal_the_formulas(attention_mask, monkeypatch):
 
 
 def test_entropy_is_least_for_sure_and_locality_for_staying_tokens():
-    probabilities = (torch.eye(4), torch.full((4, 4), 0.25))
+    log_probabilities = tuple(layer.log_softmax(-1) for layer in (torch.eye(4) * 1000, torch.zeros(4, 4)))
 
-    torch.testing.assert_close(router_entropy_losses(probabilities), torch.tensor([0.0, math.log(4)]))
+    torch.testing.assert_close(router_entropy_losses(log_probabilities), torch.tensor([0.0, math.log(4)]))
     stays, leaves = (torch.eye(4)[[0, 1]],), (torch.eye(4)[[2, 3]],)
     assert locality_losses(stays, [0, 0, 1, 1], 0).item() == 0
     assert locality_losses(leaves, [0, 0, 1, 1], 0).item() > 80
@@ -97,9 +101,23 @@ def test_entropy_is_least_for_sure_and_locality_for_staying_tokens():
 
 @pytest.mark.parametrize("fields", SELECTED.values(), ids=SELECTED)
 def test_probabilities_sum_to_one(fields):
-    probabilities = routing_probabilities(torch.randn(9, 6), config_of(6, **fields))
+    probabilities = routing_log_probabilities(torch.randn(9, 6), config_of(6, **fields)).exp()
 
     torch.testing.assert_close(probabilities.sum(dim=-1), torch.ones(9))
+
+
+@pytest.mark.parametrize("scale", [100.0, 1000.0, -1000.0])
+@pytest.mark.parametrize("fields", SELECTED.values(), ids=SELECTED)
+def test_losses_and_gradients_of_large_logits_are_finite(fields, scale):
+    """Raw scores of a mixture have a standard deviation of up to 130."""
+    coefficients = {"router_entropy_loss_coef": 0.1, "router_locality_loss_coef": 0.1, "expert_nodes": [0] * 6}
+    logits = (torch.randn(12, 6).abs() * scale).requires_grad_()
+
+    losses = losses_of((logits,), config_of(6, **fields, **coefficients))
+    [gradient] = torch.autograd.grad(sum(loss.sum() for loss in losses.values()), logits)
+
+    assert all(loss.isfinite().all() for loss in losses.values())
+    assert gradient.isfinite().all()
 
 
 def test_two_collapsed_layers_that_cancel_do_not_score_as_balanced():

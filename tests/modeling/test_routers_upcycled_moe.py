@@ -1,11 +1,17 @@
 import copy
+import typing
 
 import naive_reference
 import pytest
 import torch
 import torch.nn.functional as F
 
-from modeling_upcycled_moe import LinearRouter
+from modeling_upcycled_moe import (
+    LinearRouter,
+    UpcycledQwenMoeConfig,
+    routers_upcycled_moe,
+    selection_upcycled_moe,
+)
 from modeling_upcycled_moe.modeling_upcycled_moe import UpcycledQwenMoeSparseMoeBlock
 
 
@@ -76,7 +82,9 @@ FOLDABLE = {
 
 def random_bias_(block: UpcycledQwenMoeSparseMoeBlock) -> None:
     if block.config.use_router_bias:
-        block.gate.e_score_correction_bias.copy_(torch.randn_like(block.gate.e_score_correction_bias) * 0.2)
+        block.gate.selector.e_score_correction_bias.copy_(
+            torch.randn_like(block.gate.selector.e_score_correction_bias) * 0.2
+        )
 
 
 def moe_blocks(model) -> list[UpcycledQwenMoeSparseMoeBlock]:
@@ -120,7 +128,7 @@ def test_a_router_returns_logits_weights_and_indices_of_the_best_experts(make_mo
     model = make_moe(num_hidden_layers=1, **fields)
     [block] = moe_blocks(model)
     random_bias_(block)
-    bias = block.gate.e_score_correction_bias if model.config.use_router_bias else None
+    bias = block.gate.selector.e_score_correction_bias if model.config.use_router_bias else None
     tokens = torch.randn(30, 64)
 
     logits, weights, indices = block.gate(tokens)
@@ -208,6 +216,8 @@ def test_a_batch_without_any_expert_computation_has_zeros_and_gradients(make_moe
 
     assert torch.equal(output, torch.zeros(5, 64))
     assert torch.equal(tokens.grad, torch.zeros(5, 64))
+    # Where gradients are missing, DDP waits for them in vain.
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in block.experts.parameters())
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -217,14 +227,14 @@ def test_the_bias_moves_selections_and_no_weight(make_moe, mode):
     block.train(mode == "train")
     tokens = torch.randn(40, 64)
     before = block.gate(tokens)
-    block.gate.e_score_correction_bias[3] = 10.0
+    block.gate.selector.e_score_correction_bias[3] = 10.0
 
     logits, weights, indices = block.gate(tokens)
 
     assert (indices == 3).sum() == 40 > (before[2] == 3).sum()
     scores = logits.sigmoid().gather(-1, indices)
     torch.testing.assert_close(weights, scores / scores.sum(dim=-1, keepdim=True))
-    assert "e_score_correction_bias" not in dict(block.gate.named_parameters())
+    assert not list(block.gate.selector.parameters())
 
 
 def test_biases_move_towards_balance_by_their_rate(make_moe):
@@ -234,7 +244,7 @@ def test_biases_move_towards_balance_by_their_rate(make_moe):
     model.update_router_biases(loads)
     model.update_router_biases(loads)
 
-    biases = [block.gate.e_score_correction_bias.tolist() for block in moe_blocks(model)]
+    biases = [block.gate.selector.e_score_correction_bias.tolist() for block in moe_blocks(model)]
     assert biases == [[-0.5, 0.5, 0.0, 0.0], [0.0] * 4]
     with pytest.raises(ValueError, match="use_router_bias=True"):
         make_moe().update_router_biases(loads)
@@ -257,10 +267,25 @@ def test_biases_balance_a_layer_that_prefers_one_expert(make_moe):
 
     before = loads()
     for _ in range(400):
-        block.gate.update_bias(loads())
+        block.gate.selector.update_bias(loads())
 
     assert before.max() > 300
     assert loads().max() < 230  # 200 if balanced
+
+
+@pytest.mark.parametrize("convert", [torch.nn.Module.bfloat16, torch.nn.Module.half, lambda model: model.to("meta")])
+def test_biases_stay_in_float32_when_the_model_is_converted(make_moe, convert):
+    model = make_moe(use_router_bias=True)
+    model.update_router_biases(torch.arange(12).view(3, 4))
+
+    convert(model)
+
+    for block in moe_blocks(model):
+        bias = block.gate.selector.e_score_correction_bias
+        assert bias.dtype == torch.float32
+        assert bias.device == block.gate.keys.device
+        assert bias.is_meta or bias.tolist() == pytest.approx([0.001, 0.001, -0.001, -0.001])
+        assert "selector.e_score_correction_bias" in block.gate.state_dict()
 
 
 def test_biases_stay_in_float32_and_are_saved(make_moe, tmp_path):
@@ -272,8 +297,68 @@ def test_biases_stay_in_float32_and_are_saved(make_moe, tmp_path):
 
     for block, original in zip(moe_blocks(loaded), moe_blocks(model), strict=True):
         assert block.experts.down_proj.dtype == torch.bfloat16
-        assert block.gate.e_score_correction_bias.dtype == torch.float32
-        assert torch.equal(block.gate.e_score_correction_bias, original.gate.e_score_correction_bias)
+        assert block.gate.selector.e_score_correction_bias.dtype == torch.float32
+        assert torch.equal(block.gate.selector.e_score_correction_bias, original.gate.selector.e_score_correction_bias)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 100.0, 1000.0])
+@pytest.mark.parametrize("fields", SELECTIONS.values(), ids=SELECTIONS)
+def test_weights_of_logits_of_any_size_are_finite_gradients_included(make_moe, fields, scale):
+    [block] = moe_blocks(make_moe(num_hidden_layers=1, **fields))
+    logits = (torch.randn(50, block.config.num_routed_experts) * scale).requires_grad_()
+
+    weights, _ = block.gate.selector(logits)
+    (weights * torch.randn_like(weights)).sum().backward()
+
+    assert weights.isfinite().all()
+    assert logits.grad.isfinite().all()
+    if block.config.norm_topk_prob and block.config.shared_expert_gating != "complement":
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(50))
+
+
+def test_sigmoid_scores_that_round_to_one_still_have_an_order(make_moe):
+    [block] = moe_blocks(make_moe(num_hidden_layers=1, router_score_function="sigmoid"))
+
+    _, index = block.gate.selector(torch.tensor([[30.0, 40.0, 50.0, 60.0]]))
+
+    assert index.tolist() == [[3, 2]]
+
+
+CONSTANT = {
+    "one expert": {"num_experts_per_tok": 1},
+    "one expert a group": {"router_selection": "prototype_top_k", "num_expert_groups": 2},
+}
+NOT_CONSTANT = {
+    "two experts": {},
+    "one expert, raw weight": {"num_experts_per_tok": 1, "norm_topk_prob": False},
+    "one expert of each group": {"router_selection": "grouped_top_k", "num_expert_groups": 2},
+    "one expert beside a shared one": {
+        "num_experts_per_tok": 1,
+        "shared_expert_intermediate_size": 24,
+        "shared_expert_gating": "complement",
+    },
+}
+
+
+@pytest.mark.parametrize("fields", {**CONSTANT, **NOT_CONSTANT}.values(), ids={**CONSTANT, **NOT_CONSTANT})
+def test_the_language_modeling_loss_reaches_the_router_unless_its_weights_are_constant(make_moe, make_tokens, fields):
+    model = make_moe(router_aux_loss_coef=0.0, **fields).train()
+    tokens = make_tokens()
+
+    model(tokens, labels=tokens).loss.backward()
+
+    largest = max(block.gate.keys.grad.abs().max().item() for block in moe_blocks(model))
+    assert model.config.has_constant_weights == (fields in CONSTANT.values())
+    assert (largest < 1e-6) == model.config.has_constant_weights
+
+
+def test_every_selection_of_the_configuration_has_a_function():
+    assert set(typing.get_args(UpcycledQwenMoeConfig.__dataclass_fields__["router_selection"].type)) == set(
+        selection_upcycled_moe.SELECTIONS
+    )
+    assert set(typing.get_args(UpcycledQwenMoeConfig.__dataclass_fields__["router_type"].type)) == set(
+        routers_upcycled_moe.ROUTERS
+    )
 
 
 TRAINABLE = {**ROUTERS, **SELECTIONS, "expert choice": {"router_selection": "expert_choice"}}
@@ -281,7 +366,7 @@ TRAINABLE = {**ROUTERS, **SELECTIONS, "expert choice": {"router_selection": "exp
 
 @pytest.mark.parametrize("fields", TRAINABLE.values(), ids=TRAINABLE)
 def test_every_router_trains_saves_and_loads_the_same(make_moe, make_tokens, tmp_path, fields):
-    model = make_moe(num_hidden_layers=1, **fields).train()
+    model = make_moe(num_hidden_layers=2, **fields).train()
     tokens = make_tokens(4, 16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -292,7 +377,6 @@ def test_every_router_trains_saves_and_loads_the_same(make_moe, make_tokens, tmp
         outputs.loss.backward()
         optimizer.step()
     assert losses[-1] < 0.9 * losses[0]
-    assert all(p.grad.any() for name, p in model.named_parameters() if ".gate." in name)
     model.eval().save_pretrained(tmp_path)
 
     loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
@@ -333,6 +417,12 @@ def test_folding_changes_no_logit_and_goes_on_recording(make_moe, make_tokens, f
     torch.testing.assert_close(after.logits, before.logits, rtol=0, atol=5e-6)
 
 
+def test_folding_freezes_and_thaws_nothing(make_moe):
+    for fields, trains in (({}, True), ({"router_type": "grouped_average"}, False)):
+        model = make_moe(**fields).fold_routers()
+        assert [block.gate.weight.requires_grad for block in moe_blocks(model)] == [trains] * 3
+
+
 def test_a_folded_model_saves_and_loads_as_one_with_a_linear_router(make_moe, make_tokens, tmp_path):
     model = make_moe().fold_routers()
     model.save_pretrained(tmp_path)
@@ -361,7 +451,7 @@ def test_bfloat16_weights_fold_with_one_rounding_only(make_moe):
     ("fields", "reason"),
     [
         ({"router_pooling": "max"}, "router_pooling='max' does not fold"),
-        ({"num_routers": 8}, "num_router_keys=8 with num_experts=4 does not fold"),
+        ({"num_routers": 8}, "num_router_keys=8 for 4 experts does not fold"),
         ({"router_type": "mlp"}, "router_type='mlp' does not fold"),
     ],
     ids=["max", "several keys", "mlp"],
