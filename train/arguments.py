@@ -51,6 +51,9 @@ class ModelArguments:
     router_locality_loss_coef: float | None = field(
         default=None, metadata=_help("Weight of the locality loss, if not the model's.")
     )
+    expert_nodes: list[int] | None = field(
+        default=None, metadata=_help("Node of each expert for the locality loss, if not as the model says.")
+    )
     router_bias_update_rate: float | None = field(
         default=None, metadata=_help("How far a step moves the selection biases, if not as the model says.")
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_upcycled_moe  # noqa: F401 (registers the classes, so that no remote code is run)
@@ -23,6 +24,7 @@ CONFIG_FIELDS = (
     "router_locality_loss_coef",
     "router_bias_update_rate",
     "router_jitter_noise",
+    "expert_nodes",
 )
 
 
@@ -93,6 +95,8 @@ def load_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, b
 def _load(setting: str, name: str, load: Callable[..., Any], **options: Any) -> Any:
     try:
         return load(name, **options)
+    except StrictDataclassError as error:
+        raise SettingsError(f"{setting}={name}: {error.__cause__ or error}") from error
     # What Transformers raises for a missing or impossible checkpoint, configuration or implementation.
     except (OSError, ValueError, ImportError) as error:
         raise SettingsError(f"{setting}={name}: {' '.join(str(error).split())}") from error
@@ -100,10 +104,12 @@ def _load(setting: str, name: str, load: Callable[..., Any], **options: Any) -> 
 
 def risks_of(config: Any) -> list[str]:
     """Return what in a model's configuration will keep it from learning as one would expect."""
-    if getattr(config, "num_experts_per_tok", None) == 1 and getattr(config, "norm_topk_prob", False):
+    stock = getattr(config, "num_experts_per_tok", None) == 1 and getattr(config, "norm_topk_prob", False)
+    if getattr(config, "has_constant_weights", stock):
         return [
-            "num_experts_per_tok=1 with norm_topk_prob=true: the single weight is always 1, so that the language-"
-            "modeling loss gives the router no gradient; use num_experts_per_tok>=2 or norm_topk_prob=false."
+            "norm_topk_prob=true with one expert a token, or one in each group of prototype_top_k: its weight never "
+            "changes, so that the language-modeling loss gives the router no gradient; use two, or "
+            "norm_topk_prob=false."
         ]
     return []
 

@@ -1,6 +1,7 @@
 """The Trainer, with the router's figures in its log, this recipe's schedule, and perplexity by domain."""
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,10 +46,12 @@ class UpcyclingTrainer(Trainer):
         super().__init__(*args, data_collator=kwargs.pop("data_collator", collate_blocks), **kwargs)
         # Dense models have no MoE layers. The class is not asked for: remote code would be another one.
         self.moe_layers = list(getattr(self.model.config, "moe_layers", []))
+        self.node = 0
         self.loss_names = computed_losses(self.model.config) if self.moe_layers else []
         # The first micro-batch starts the clock.
         self._clock_start: float | None = None
         self._reset_train_sums()
+        self._set_node()
         if self.moe_layers and self.model.config.use_router_bias:
             self._check_biases_can_be_loaded()
             self.add_callback(_RouterBiasCallback(self))
@@ -61,6 +64,24 @@ class UpcyclingTrainer(Trainer):
         self._router_statistics = self._new_router_statistics()
         # How often each expert was selected before the step under way, of what the statistics count.
         self._counted_loads = self._router_statistics.selected.clone()
+
+    def _set_node(self) -> None:
+        """Tell the model which node it is on, for the locality loss.
+
+        Raises:
+            SettingsError: if the run has other nodes than `expert_nodes` names.
+        """
+        if "locality_loss" not in self.loss_names:
+            return
+        # `torchrun` and `accelerate launch` number the nodes so; a single process is on the first.
+        self.node = int(os.environ.get("GROUP_RANK", "0"))
+        num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+        if set(self.model.config.expert_nodes) != set(range(num_nodes)):
+            raise SettingsError(
+                f"expert_nodes={self.model.config.expert_nodes} must name the nodes of this run, 0 to "
+                f"{num_nodes - 1}; give it for them, or router_locality_loss_coef=0."
+            )
+        self.model.expert_node = self.node
 
     def _check_biases_can_be_loaded(self) -> None:
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -77,8 +98,10 @@ class UpcyclingTrainer(Trainer):
     def update_router_biases(self) -> None:
         """Move the selection biases by the loads of the step that has just ended, over all processes."""
         selected = self._router_statistics.selected
-        loads = self.accelerator.reduce(selected - self._counted_loads, reduction="sum")
-        self.accelerator.unwrap_model(self.model).update_router_biases(loads)
+        # A step that fp16 skipped for its overflow moves nothing, but its loads are done with.
+        if not self.accelerator.optimizer_step_was_skipped:
+            loads = self.accelerator.reduce(selected - self._counted_loads, reduction="sum")
+            self.accelerator.unwrap_model(self.model).update_router_biases(loads)
         self._counted_loads = selected.clone()
 
     @contextmanager
@@ -138,7 +161,7 @@ class UpcyclingTrainer(Trainer):
         config, mask = self.model.config, inputs.get("attention_mask")
         logits, selected = outputs.router_logits, outputs.selected_experts
         # A second time for these, but on [T, E] only: little beside the experts.
-        losses = router_losses(config, logits, selected, mask)
+        losses = router_losses(config, logits, selected, mask, self.node)
         self._train_sums[2:] += (
             torch.cat([losses[name] for name in self.loss_names]).to(self._train_sums) * num_targets
         )

@@ -335,6 +335,18 @@ def test_lora_can_train_the_routers_whole_beside_its_adapters(make_moe, make_tok
     assert len(routers) == 2 * 3  # the queries and keys of three layers
 
 
+@pytest.mark.parametrize(("router_type", "parameter"), [("linear", "weight"), ("mixture", "query_weight")])
+def test_lora_can_adapt_the_routers_too(make_moe, make_tokens, router_type, parameter):
+    model = make_moe(router_type=router_type, router_aux_loss_coef=0.3, use_router_bias=True)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], target_parameters=[f"mlp.gate.{parameter}"]))
+
+    _, trained = train_step_gradients(adapted, make_tokens())
+    model.update_router_biases(torch.arange(12).view(3, 4))
+
+    routers = [name for name, gradient in trained.items() if ".gate." in name and gradient.abs().max() > 0]
+    assert len(routers) == 3  # the second halves, as the first have no gradient yet
+
+
 @pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
 def test_bfloat16_trains_and_stays_close(make_moe, make_tokens, fields):
     model = make_moe(router_z_loss_coef=0.1, **fields)

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from training_runs import ROOT, SHAPE, command_line
-from transformers import AutoModelForCausalLM, Qwen2ForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM, Qwen3MoeConfig, Trainer
 
 from modeling_upcycled_moe import UpcycledQwenMoeConfig, UpcycledQwenMoeForCausalLM
 from modeling_upcycled_moe.losses_upcycled_moe import router_losses
@@ -178,7 +178,7 @@ def test_a_dense_checkpoint_trains_without_router_figures(settings, dense_checkp
 
 def test_each_layer_logs_its_own_router_losses(settings, tokenizer, train_files, tmp_path):
     torch.manual_seed(0)
-    fields = {"router_entropy_loss_coef": 0.02, "router_locality_loss_coef": 0.03, "expert_nodes": [0, 0, 1, 1]}
+    fields = {"router_entropy_loss_coef": 0.02, "router_locality_loss_coef": 0.03, "expert_nodes": [0] * 4}
     config = UpcycledQwenMoeConfig(**SHAPE, num_experts=4, **fields)
     model = UpcycledQwenMoeForCausalLM(config)
     model.save_pretrained(tmp_path / "start")
@@ -199,24 +199,23 @@ def test_each_layer_logs_its_own_router_losses(settings, tokenizer, train_files,
     assert first["loss"] == pytest.approx(first["lm_loss"] + router_loss)
 
 
-def test_biases_move_by_the_loads_of_whole_steps(settings, moe_checkpoint, tmp_path):
-    """Two micro-batches a step, three steps, a log after two of them: the loads of the log settle the first moves."""
-    logs = _train(
-        {**settings, "gradient_accumulation_steps": 2, "router_bias_update_rate": 0.25},
-        moe_checkpoint,
-        tmp_path,
-        max_steps=3,
-        logging_steps=1,
-    )
+def test_biases_move_by_the_loads_of_whole_steps(settings, moe_checkpoint, train_files, tmp_path):
+    """Two micro-batches a step; between steps the model is evaluated, and logs come after each step or after all."""
+    settings |= {"gradient_accumulation_steps": 2, "router_bias_update_rate": 1e-4, "max_steps": 5}
+    settings |= {"eval_data": train_files, "eval_steps": 1, "max_eval_blocks": 2}
+
+    logs = _train(settings, moe_checkpoint, tmp_path / "often", logging_steps=1)
+    _train(settings, moe_checkpoint, tmp_path / "seldom", logging_steps=5)
 
     expected = torch.zeros(4)
     for entry in logs:
         if "lm_loss" in entry:
             loads = torch.tensor([entry[f"router/layer_01/load/expert_{expert:02d}"] for expert in range(4)])
-            expected += 0.25 * torch.sign((0.25 - loads).round(decimals=6))
-    bias = load_file(tmp_path / "model.safetensors")["model.layers.1.mlp.gate.e_score_correction_bias"]
-    assert bias.any()
-    torch.testing.assert_close(bias, expected)
+            expected += 1e-4 * torch.sign((0.25 - loads).round(decimals=6))
+    assert expected.unique().numel() > 1
+    for folder in ("often", "seldom"):
+        weights = load_file(tmp_path / folder / "model.safetensors")
+        torch.testing.assert_close(weights["model.layers.1.mlp.gate.selector.e_score_correction_bias"], expected)
 
 
 def test_tokens_per_second_leaves_out_evaluation_and_saving(
@@ -254,14 +253,36 @@ def test_blocks_longer_than_the_positions_are_refused(settings, moe_checkpoint, 
     assert "block_size=257 exceeds max_position_embeddings=256" in capsys.readouterr().err
 
 
-def test_a_single_normalized_weight_is_warned_of():
-    config = UpcycledQwenMoeConfig(**SHAPE, num_experts=4, num_experts_per_tok=1, norm_topk_prob=True)
-    assert "gives the router no gradient" in risks_of(config)[0]
+def test_weights_that_never_change_are_warned_of():
     for fields in (
-        {"num_experts_per_tok": 2, "norm_topk_prob": True},
-        {"num_experts_per_tok": 1, "norm_topk_prob": False},
+        {"num_experts_per_tok": 1},
+        {"num_experts_per_tok": 2, "router_selection": "prototype_top_k", "num_expert_groups": 2},
     ):
+        [risk] = risks_of(UpcycledQwenMoeConfig(**SHAPE, num_experts=4, **fields))
+        assert "gives the router no gradient" in risk
+    for fields in ({"num_experts_per_tok": 2}, {"num_experts_per_tok": 1, "norm_topk_prob": False}):
         assert risks_of(UpcycledQwenMoeConfig(**SHAPE, num_experts=4, **fields)) == []
+    assert risks_of(Qwen3MoeConfig(num_experts_per_tok=1, norm_topk_prob=True))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"router_entropy_loss_coef": -1}, "router_entropy_loss_coef=-1.0 is outside [0, inf)"),
+        ({"router_locality_loss_coef": 0.1}, "router_locality_loss_coef needs expert_nodes"),
+        ({"router_locality_loss_coef": 0.1, "expert_nodes": [0, 0, 1, 1]}, "must name the nodes of this run, 0 to 0"),
+        ({"expert_nodes": [0, 1]}, "must name a node, from 0, for each of the 4 experts"),
+        ({"router_bias_update_rate": 0.5}, "has no meaning with use_router_bias=False"),
+    ],
+    ids=str,
+)
+def test_router_settings_that_do_not_fit_the_model_are_refused_before_training(
+    settings, make_moe_checkpoint, tmp_path, capsys, setting, message
+):
+    settings |= {"model_name_or_path": make_moe_checkpoint(), "output_dir": tmp_path / "out", **setting}
+
+    assert main(command_line({**settings})) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("is_evaluated", [False, True])

@@ -23,7 +23,9 @@ SHAPE = {
 
 def command_line(settings: dict) -> list[str]:
     """Return `settings` as arguments of the script."""
-    lists = {name: "[" + ", ".join(value) + "]" for name, value in settings.items() if isinstance(value, list)}
+    lists = {
+        name: "[" + ", ".join(map(str, value)) + "]" for name, value in settings.items() if isinstance(value, list)
+    }
     return [f"{name}={value}" for name, value in {**settings, **lists}.items()]
 
 
