@@ -83,7 +83,8 @@ def recipe_from(options: argparse.Namespace, dense: str | None) -> ConversionRec
 def open_model(recipe: ConversionRecipe, *, weights: bool) -> tuple["DenseSource", ConversionRecipe]:
     """Return the dense checkpoint of `recipe`, and the recipe with the commit that it was found at.
 
-    So the recipe that a conversion records is enough to do it again. See `open_source` for `weights`.
+    The plan adds those of `expert_sources`, so that the recipe that a conversion records opens the same checkpoints
+    again. (It does not pin a Hub dataset.) See `open_source` for `weights`.
     """
     from ..conversion.source import open_source
 

@@ -80,7 +80,7 @@ def paired(first: Content, second: Content) -> Content:
 
 
 def scaled(content: Content, factor: float) -> Content:
-    """Return `content` times `factor`: exact in every type if it is a power of two."""
+    """Return `content` times `factor`: exact by a power of two, as long as results are normal numbers."""
     if factor == 1:
         return content
     parts = tuple(Computed(_shape(part), _scaled_part, (part, factor)) for part in parts_of(content))

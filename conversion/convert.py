@@ -17,9 +17,9 @@ from .card import write_card
 from .plan import ConversionPlan, build_plan
 from .recipe import ConversionRecipe
 from .report import RouterReport
-from .routers import router_contents
+from .routers import RouterContent, router_contents
 from .source import COMPANION_FILES, COMPANION_FOLDERS, DenseSource
-from .writer import BUFFER_BYTES, Content, check_output, staged, write_text, write_weights
+from .writer import BUFFER_BYTES, check_output, staged, write_text, write_weights
 
 
 PROVENANCE_FILE = "upcycling.json"
@@ -69,10 +69,12 @@ def convert(
     check_output(plan, out, overwrite)
     if not source.has_tokenizer:
         progress.warn(f"{source.name} has no tokenizer, so the result has none; put its files beside the weights.")
-    if plan.config.num_experts_per_tok == 1 and plan.config.norm_topk_prob:
+    if plan.config.has_constant_weights:
+        per_group = " per group" * (plan.config.router_selection == "prototype_top_k")
         progress.warn(
-            "num_experts_per_tok=1: the weight of the only expert is always 1, so the language-modeling loss gives "
-            "the routers no gradient; use 2, or train with norm_topk_prob=False."
+            f"num_experts_per_tok={plan.config.num_experts_per_tok}: the weight of the only expert{per_group} is "
+            "always the same, so the language-modeling loss gives the routers no gradient; use 2 "
+            f"experts{per_group}, or norm_topk_prob=false."
         )
     contents, reports = initial_routers(plan, progress)
     # Hashing reads what copying has just brought into memory, on another core.
@@ -88,14 +90,16 @@ def convert(
     return ConversionResult(out, plan, reports)
 
 
-def initial_routers(plan: ConversionPlan, progress: Progress) -> tuple[dict[str, Content], list[RouterReport] | None]:
+def initial_routers(
+    plan: ConversionPlan, progress: Progress
+) -> tuple[dict[str, RouterContent], list[RouterReport] | None]:
     """Return the content of every router tensor by name, and what the routers do on the calibration text, if any."""
     if plan.recipe.calibration_data:
         # Imported here: a conversion without text need not wait for the readers of text.
         from .calibrated_routers import calibrated_routers
 
         return calibrated_routers(plan, progress)
-    contents: dict[str, Content] = {}
+    contents: dict[str, RouterContent] = {}
     for layer_idx in plan.config.moe_layers:
         contents |= router_contents(layer_idx, plan.router.tensors(layer_idx, None))
     return contents, None

@@ -18,7 +18,7 @@ from .preservation import Preservation, preservation
 from .recipe import ConversionRecipe
 from .routers import ROUTER_INITIALIZERS, RouterInitializer
 from .source import ARCHITECTURES, DTYPES, DenseSource
-from .sources import open_sources
+from .sources import open_sources, with_commits
 from .tensors import PlannedTensor, planned_tensors, router_module
 
 
@@ -218,7 +218,7 @@ def build_plan(source: DenseSource, recipe: ConversionRecipe) -> ConversionPlan:
     sources = open_sources(source, recipe)
     return ConversionPlan(
         sources,
-        recipe,
+        with_commits(recipe, sources),
         router,
         config,
         _calibration_files(recipe),

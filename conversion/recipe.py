@@ -15,7 +15,22 @@ from typing import Any, Literal
 from ..common.settings import SettingsError, check_keys
 
 
-def _setting(default: Any, help_text: str, **only_with: tuple[Any, ...]) -> Any:
+# What the settings have to know of a router. Logits of those that start from text are of any size.
+TEXT_ROUTERS = ("mixture", "domain")
+ROUTERS_WITHOUT_PARAMETERS = ("grouped_average",)
+
+# In the place of values that give another setting a meaning: any but the default.
+GIVEN = "given"
+# By setting, those that say the same in another way: a later layer that holds one of them puts the setting aside.
+REPLACED_BY = {
+    "revision": ("model",),
+    "decoder_sparse_step": ("moe_layers",),
+    "mlp_only_layers": ("moe_layers",),
+    "moe_layers": ("decoder_sparse_step", "mlp_only_layers"),
+}
+
+
+def _setting(default: Any, help_text: str, **only_with: tuple[Any, ...] | str) -> Any:
     """Return a field; `only_with` names, by setting, the values of another one that give this one a meaning."""
     metadata = {"help": help_text, "only_with": only_with}
     if isinstance(default, list):
@@ -54,7 +69,7 @@ class ConversionRecipe:
     expert_sources: list[str] = _setting(
         [],
         "further dense checkpoints whose FFNs become experts beside those of the first (Branch-Train-MiX), in equal "
-        "shares: folders or Hub ids",
+        "shares: folders, or Hub ids, with a revision as ID@REVISION",
     )
     backbone: Literal["auto", "copy", "average", "random"] = _setting(
         "auto",
@@ -127,12 +142,14 @@ class ConversionRecipe:
         [],
         "text to calibrate on: parquet, jsonl or txt files, folders, or a Hub dataset id; for `domain`, one for each "
         "domain",
+        # The model that the text would run through is not kept under `random`.
+        backbone=("auto", "copy", "average"),
     )
-    calibration_split: str = _setting("train", "split of a Hub dataset")
-    calibration_text_column: str = _setting("text", "column that holds the text")
-    calibration_tokens: int = _setting(32768, "tokens to calibrate on")
-    calibration_block_size: int = _setting(1024, "tokens of one calibration sequence")
-    calibration_batch_size: int = _setting(4, "calibration sequences at a time")
+    calibration_split: str = _setting("train", "split of a Hub dataset", calibration_data=GIVEN)
+    calibration_text_column: str = _setting("text", "column that holds the text", calibration_data=GIVEN)
+    calibration_tokens: int = _setting(32768, "tokens to calibrate on", calibration_data=GIVEN)
+    calibration_block_size: int = _setting(1024, "tokens of one calibration sequence", calibration_data=GIVEN)
+    calibration_batch_size: int = _setting(4, "calibration sequences at a time", calibration_data=GIVEN)
     max_shard_size: str = _setting("5GB", "largest file to write, e.g. 500MB or 5GB")
     seed: int = _setting(0, "seed of everything drawn at random")
 
@@ -141,24 +158,28 @@ class ConversionRecipe:
         for setting in settings:
             _check_type(setting.name, getattr(self, setting.name), setting.type)
         for setting in settings:
-            for other, values in setting.metadata["only_with"].items():
-                if self._is_given(setting) and getattr(self, other) not in values:
-                    allowed = " or ".join(f"{other}={value!r}" for value in values)
-                    raise SettingsError(
-                        f"{setting.name} has no meaning with {other}={getattr(self, other)!r}, only with {allowed}; "
-                        "leave it out."
-                    )
+            other = _without_meaning(setting, vars(self))
+            if other is None or getattr(self, setting.name) == _default(setting):
+                continue
+            values = setting.metadata["only_with"][other]
+            if values is GIVEN:
+                raise SettingsError(f"{setting.name} has no meaning without {other}; give both or none.")
+            allowed = " or ".join(f"{other}={value!r}" for value in values)
+            raise SettingsError(
+                f"{setting.name} has no meaning with {other}={getattr(self, other)!r}, only with {allowed}; "
+                "leave it out."
+            )
         self._check_experts()
         self._check_routers()
         self._check_calibration()
         self.max_shard_bytes  # noqa: B018 - refuses a size that cannot be read
 
-    def _is_given(self, setting: dataclasses.Field) -> bool:
-        return getattr(self, setting.name) != _default(setting)
-
     def _check_experts(self) -> None:
         if not 2 <= self.num_experts <= 256:
             raise SettingsError(f"num_experts={self.num_experts} is outside 2 to 256.")
+        for name in ("num_zero_experts", "num_copy_experts", "num_constant_experts"):
+            if not 0 <= getattr(self, name) <= 256:
+                raise SettingsError(f"{name}={getattr(self, name)} is outside 0 to 256.")
         if self.moe_layers is not None and (self.mlp_only_layers or self.decoder_sparse_step != 1):
             raise SettingsError("moe_layers says it all; leave mlp_only_layers and decoder_sparse_step out.")
         if not 0 < self.expert_noise < math.inf:
@@ -177,14 +198,15 @@ class ConversionRecipe:
                 f"num_experts={self.num_experts} is not a multiple of the {self.num_sources} dense checkpoints, the "
                 "model and its expert_sources."
             )
+        if twice := [name for name in self.expert_sources if [self.model, *self.expert_sources].count(name) > 1]:
+            raise SettingsError(
+                f"expert_sources: {twice[0]} is named twice, or is the model itself, whose FFNs are experts already; "
+                "name each dense checkpoint once."
+            )
         if self.expert_sources and self.experts in ("split", "random"):
             raise SettingsError(f"expert_sources have no meaning with experts={self.experts!r}; leave them out.")
         if self.backbone == "average" and not self.expert_sources:
             raise SettingsError("backbone='average' has no meaning without expert_sources; give both or none.")
-        if self.backbone == "random" and self.calibration_data:
-            raise SettingsError(
-                "calibration_data has no meaning with backbone='random': the model that it runs through is not kept."
-            )
 
     def _check_routers(self) -> None:
         for name in ("num_routers", "heads_per_router"):
@@ -195,17 +217,21 @@ class ConversionRecipe:
             raise SettingsError(f"router_logit_std={self.router_logit_std} must be above zero and finite.")
         if isinstance(self.router_logit_std, int | float) and not self.calibration_data:
             raise SettingsError("router_logit_std is measured on text; give calibration_data.")
-        if isinstance(self.router_logit_std, int | float) and self.router == "grouped_average":
-            raise SettingsError(
-                "router_logit_std has no meaning with router='grouped_average', which has no parameters."
-            )
-        if self.router == "grouped_average" and self.experts == "split":
-            raise SettingsError(
-                "router='grouped_average' cannot score all slices of a copy alike, as experts='split' needs; use "
-                "another router."
-            )
+        if self.router in ROUTERS_WITHOUT_PARAMETERS:
+            self._check_no_parameters_are_needed()
         if self.router == "domain":
             self._check_domains()
+
+    def _check_no_parameters_are_needed(self) -> None:
+        if isinstance(self.router_logit_std, int | float):
+            raise SettingsError(
+                f"router_logit_std has no meaning with router={self.router!r}, which has no parameters."
+            )
+        if self.experts == "split":
+            raise SettingsError(
+                f"router={self.router!r} cannot score all slices of a copy alike, as experts='split' needs; use "
+                "another router."
+            )
 
     def _check_domains(self) -> None:
         domains = len(self.calibration_data)
@@ -242,10 +268,6 @@ class ConversionRecipe:
                 f"calibration_block_size={self.calibration_block_size} for each of {self.num_domains} domains; raise "
                 "the one or lower the other."
             )
-        if not self.calibration_data:
-            for setting in dataclasses.fields(self):
-                if setting.name.startswith("calibration_") and self._is_given(setting):
-                    raise SettingsError(f"{setting.name} has no meaning without calibration_data; give both or none.")
 
     @property
     def num_sources(self) -> int:
@@ -256,7 +278,7 @@ class ConversionRecipe:
     def target_logit_std(self) -> float | None:
         """Standard deviation that a token's logits are scaled to; None leaves them as they are."""
         if self.router_logit_std == "auto":
-            return 1.0 if self.router in ("mixture", "domain") else None
+            return 1.0 if self.router in TEXT_ROUTERS else None
         return None if self.router_logit_std == "none" else float(self.router_logit_std)
 
     @property
@@ -318,17 +340,41 @@ class ConversionRecipe:
 def build_recipe(*layers: tuple[str, Mapping[str, Any]]) -> ConversionRecipe:
     """Return the recipe of several layers of settings, later ones winning; each is (where it came from, settings).
 
+    A setting that a later layer takes the meaning from, as `router: linear` does from `num_routers`, goes with it.
+
     Raises:
         SettingsError: for an unknown key, a wrong type or an impossible combination.
     """
-    names = [recipe_field.name for recipe_field in dataclasses.fields(ConversionRecipe)]
+    names = [setting.name for setting in dataclasses.fields(ConversionRecipe)]
     merged: dict[str, Any] = {}
     for where, settings in layers:
         check_keys(settings, names, where)
-        if "model" in settings:
-            merged.pop("revision", None)  # it was of the model that this one replaces
-        merged |= settings
+        merged = _layered(merged, settings)
     return ConversionRecipe(**merged)
+
+
+def _layered(before: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `before` with `later` on top, without what it replaces or takes the meaning from."""
+    merged = {**before, **later}
+    # In the order of the fields: what gives others a meaning comes before them.
+    for setting in dataclasses.fields(ConversionRecipe):
+        if setting.name not in before or setting.name in later:
+            continue
+        is_replaced = any(name in later for name in REPLACED_BY.get(setting.name, ()))
+        had_meaning = _without_meaning(setting, before) is None
+        if is_replaced or (had_meaning and _without_meaning(setting, merged) is not None):
+            del merged[setting.name]
+    return merged
+
+
+def _without_meaning(setting: dataclasses.Field, settings: Mapping[str, Any]) -> str | None:
+    """Return the name of what takes the meaning from `setting` among `settings`; None if it has one."""
+    for other in dataclasses.fields(ConversionRecipe):
+        values = setting.metadata["only_with"].get(other.name)
+        value = settings.get(other.name, _default(other))
+        if values is not None and (value == _default(other) if values is GIVEN else value not in values):
+            return other.name
+    return None
 
 
 def _default(setting: dataclasses.Field) -> Any:

@@ -1,6 +1,7 @@
 """Several dense checkpoints that become one model, and whether they fit each other."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,32 @@ def open_sources(source: DenseSource, recipe: ConversionRecipe) -> tuple[DenseSo
     Weights are downloaded unless `source` was opened without; none is read.
 
     Raises:
-        SourceError: if one cannot be opened, or does not fit `source`.
+        SourceError: if one cannot be opened, does not fit `source`, or is there twice.
     """
     sources = [source]
     for name in recipe.expert_sources:
-        other = open_source(name, weights=not source.headers_only)
+        other = open_source(*split_revision(name), weights=not source.headers_only)
+        for earlier in sources:
+            if other.folder.resolve() == earlier.folder.resolve():
+                raise SourceError(
+                    f"expert_sources: {name} and {earlier.name} are the same checkpoint; name each of them once, "
+                    "since all give equal shares of the experts."
+                )
         check_fit(source, other)
         sources.append(other)
     return tuple(sources)
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Return Hub id and revision of `ID@REVISION`; what has no revision, or is on the disk, stays whole."""
+    model, _, revision = name.rpartition("@")
+    return (model, revision) if model and revision and not Path(name).exists() else (name, None)
+
+
+def with_commits(recipe: ConversionRecipe, sources: tuple[DenseSource, ...]) -> ConversionRecipe:
+    """Return `recipe` with the commits that its `expert_sources` on the Hub were found at."""
+    names = [other.name if other.revision is None else f"{other.name}@{other.revision}" for other in sources[1:]]
+    return replace(recipe, expert_sources=names)
 
 
 def check_fit(first: DenseSource, other: DenseSource) -> None:

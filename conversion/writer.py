@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ..common.settings import SettingsError
-from .contents import Content as PlannedContent
-from .contents import FileBytes
+from .contents import Content, FileBytes
 from .numbers import format_bytes
 from .plan import ConversionPlan, Shard
 from .source import DTYPES
@@ -34,8 +33,8 @@ LOCK_FILE = "upcycled-moe.lock"
 # Either marks a folder as a checkpoint, which `--overwrite` may replace.
 CHECKPOINT_FILES = ("config.json", "upcycling.json")
 
-# What a plan may hold, or a tensor, or what makes the tensor when it is written.
-Content = PlannedContent | Tensor | Callable[[], Tensor]
+# What can be written: what a plan holds, or a tensor, or what makes the tensor when it is written.
+Writable = Content | Tensor | Callable[[], Tensor]
 Progress = Callable[[int], None]
 
 
@@ -52,10 +51,13 @@ def check_output(plan: ConversionPlan, out: Path, overwrite: bool) -> None:
     target = out.resolve()
     if target.is_file():
         raise OutputError(f"{out}: is a file; give a folder that does not exist yet.")
-    folders = [source.folder for source in plan.sources]
-    if target in (folder.resolve() for folder in folders):
-        raise OutputError(f"{out}: is the dense model itself; give another folder.")
-    check_kept(out, (*folders, *plan.calibration_files, Path.cwd()))
+    for source in plan.sources:
+        folder = source.folder.resolve()
+        if target == folder:
+            raise OutputError(f"{out}: is the dense model {source.name} itself; give another folder.")
+        if target.is_relative_to(folder):
+            raise OutputError(f"{out}: lies in the folder of the dense model {source.name}; give a folder outside.")
+    check_kept(out, (*(source.folder for source in plan.sources), *plan.calibration_files, Path.cwd()))
     _check_replaceable(out, overwrite)
     # The output comes to be beside its final place, so its parent must be writable, or whatever there is of it.
     parent = target.parent
@@ -199,7 +201,7 @@ def _clear(partial: Path, ignore_errors: bool = False) -> None:
 
 
 def write_weights(
-    plan: ConversionPlan, contents: Mapping[str, Content], folder: Path, progress: Progress = lambda num_bytes: None
+    plan: ConversionPlan, contents: Mapping[str, Writable], folder: Path, progress: Progress = lambda num_bytes: None
 ) -> None:
     """Write the shards of `plan` and, last, their index.
 
@@ -228,7 +230,7 @@ def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _write_shard(shard: Shard, contents: Mapping[str, Content], path: Path, progress: Progress) -> None:
+def _write_shard(shard: Shard, contents: Mapping[str, Writable], path: Path, progress: Progress) -> None:
     # Large elements first, so that every tensor is aligned to its own. Then those that fill whole pages, so that they
     # begin at one too: the kernel takes them several times as fast. Otherwise in the plan's order.
     tensors = sorted(
@@ -274,7 +276,7 @@ def _header(tensors: list[PlannedTensor]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_content(out_fd: int, position: int, tensor: PlannedTensor, content: Content, progress: Progress) -> int:
+def _write_content(out_fd: int, position: int, tensor: PlannedTensor, content: Writable, progress: Progress) -> int:
     """Write `content` at `position` of a file and return its bytes."""
     if not isinstance(content, tuple):
         return _write_part(out_fd, position, tensor, content, progress)

@@ -100,7 +100,7 @@ def test_a_plan_for_people(upcycled_moe, dense, calibration):
         (["--moe-layers", 0, 2], ["MoE layers 2 of 3: 0, 2"]),
         (
             ["--experts", "noise"],
-            ["with noise of 0.01 standard deviations", "function approximate: experts are copies w"],
+            ["with noise of 0.01 standard deviations", "function approximate: experts are copies of the FFN with"],
         ),
         (["--experts", "drop", "--drop-ratio", 0.25], ["copies of the FFN with 0.25 of its neurons redrawn"]),
         (["--experts", "split"], ["4 a layer, 2 active: 2 copies of the FFN, each in 2 slices 48 wide"]),
@@ -144,11 +144,12 @@ def test_a_plan_says_what_is_special(upcycled_moe, dense, options, lines):
         assert line in text
 
 
-def test_a_plan_of_several_models(upcycled_moe, dense):
-    options = ["--expert-sources", dense, dense, dense, "--num-experts", 8, "--router", "linear"]
+def test_a_plan_of_several_models(upcycled_moe, dense, tmp_path):
+    others = [shutil.copytree(dense, tmp_path / name) for name in "abc"]
+    options = ["--expert-sources", *others, "--num-experts", 8, "--router", "linear"]
     status, out, err = upcycled_moe("plan", dense, *options)
     assert (status, err) == (0, "")
-    assert f"More sources {dense}, {dense}, {dense}" in " ".join(out.split())
+    assert f"More sources {', '.join(map(str, others))}" in " ".join(out.split())
     assert "copies of the FFN, from 4 sources in equal shares" in out
     assert "Other weights           the mean of all sources" in out
 

@@ -3,13 +3,78 @@ import dataclasses
 import pytest
 
 from upcycled_moe.common.settings import SettingsError
-from upcycled_moe.conversion.recipe import ConversionRecipe, build_recipe
+from upcycled_moe.conversion.recipe import ROUTERS_WITHOUT_PARAMETERS, ConversionRecipe, build_recipe
+from upcycled_moe.conversion.routers import ROUTER_INITIALIZERS
 
 
 def test_later_layers_win():
     recipe = build_recipe(("file", {"num_experts": 16, "seed": 3}), ("command line", {"seed": 7, "router": "linear"}))
     assert (recipe.num_experts, recipe.seed, recipe.router) == (16, 7, "linear")
     assert recipe.num_experts_per_tok == ConversionRecipe().num_experts_per_tok
+
+
+MIXTURE = {
+    "router": "mixture",
+    "num_routers": 8,
+    "key_statistic": "mean",
+    "calibration_data": ["a.txt"],
+    "calibration_tokens": 4096,
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "dropped"),
+    [
+        (MIXTURE, {"router": "linear"}, {"num_routers", "key_statistic"}),
+        (MIXTURE, {"router": "linear", "backbone": "random"}, set(MIXTURE) - {"router"}),
+        (MIXTURE, {"router": "linear", "calibration_data": []}, set(MIXTURE) - {"router", "calibration_data"}),
+        ({"experts": "noise", "expert_noise": 0.1}, {"experts": "copy"}, {"expert_noise"}),
+        (
+            {"router_selection": "grouped_top_k", "num_expert_groups": 4},
+            {"router_selection": "top_k"},
+            {"num_expert_groups"},
+        ),
+        ({"router_selection": "top_p", "router_top_p": 0.4}, {"router_selection": "expert_choice"}, {"router_top_p"}),
+        (
+            {"router_selection": "grouped_top_k", "num_expert_groups": 4},
+            {"router_selection": "prototype_top_k"},
+            set(),
+        ),
+        (
+            {"use_router_bias": True, "router_bias_update_rate": 0.01},
+            {"use_router_bias": False},
+            {"router_bias_update_rate"},
+        ),
+        ({"model": "a/b", "revision": "v1"}, {"model": "c/d"}, {"revision"}),
+        (
+            {"mlp_only_layers": [0], "decoder_sparse_step": 2},
+            {"moe_layers": [1]},
+            {"mlp_only_layers", "decoder_sparse_step"},
+        ),
+        ({"moe_layers": [1]}, {"decoder_sparse_step": 2}, {"moe_layers"}),
+    ],
+)
+def test_what_a_flag_takes_the_meaning_from_goes_with_it(file, flags, dropped):
+    kept = {name: value for name, value in file.items() if name not in dropped}
+    assert build_recipe(("file", file), ("command line", flags)) == build_recipe(("both", kept | flags))
+    # In one layer they contradict each other; a model has its revision there.
+    if dropped and "revision" not in dropped:
+        with pytest.raises(SettingsError):
+            build_recipe(("file", file | flags))
+
+
+def test_a_flag_hides_no_error_of_the_file():
+    wrong = {"router": "linear", "num_routers": 4}
+    for flags in ({"seed": 1}, {"router": "mlp"}):
+        with pytest.raises(SettingsError, match="num_routers has no meaning with router="):
+            build_recipe(("file", wrong), ("command line", flags))
+    with pytest.raises(SettingsError, match="num_routers has no meaning with router='linear'"):
+        build_recipe(("file", {"router": "mixture"}), ("command line", wrong))
+
+
+def test_what_settings_know_of_routers_is_what_routers_are():
+    for name, initializer in ROUTER_INITIALIZERS.items():
+        assert (initializer.scaled_tensor is None) == (name in ROUTERS_WITHOUT_PARAMETERS)
 
 
 def test_the_settings_make_the_same_recipe_again():
@@ -40,8 +105,20 @@ def test_every_setting_has_a_help_text():
         ({"num_experts": 0}, "num_experts=0 is outside 2 to 256."),
         ({"num_routers": 0}, "num_routers=0 must be at least 1."),
         ({"heads_per_router": -1}, "heads_per_router=-1 must be at least 1."),
-        ({"calibration_tokens": 0}, "calibration_tokens=0 must be at least 1."),
-        ({"calibration_tokens": 10}, "calibration_tokens=10 is less than one sequence of calibration_block_size=1024"),
+        ({"calibration_tokens": 0, "calibration_data": ["a"]}, "calibration_tokens=0 must be at least 1."),
+        (
+            {"calibration_tokens": 10, "calibration_data": ["a"]},
+            "calibration_tokens=10 is less than one sequence of calibration_block_size=1024",
+        ),
+        ({"num_zero_experts": -8}, "num_zero_experts=-8 is outside 0 to 256."),
+        ({"num_copy_experts": 10**12}, "num_copy_experts=1000000000000 is outside 0 to 256."),
+        ({"num_constant_experts": 257}, "num_constant_experts=257 is outside 0 to 256."),
+        (
+            {"backbone": "random", "calibration_data": ["a"]},
+            "calibration_data has no meaning with backbone='random', only with backbone='auto' or backbone='copy' or",
+        ),
+        ({"expert_sources": ["a", "b", "a"]}, "expert_sources: a is named twice, or is the model itself"),
+        ({"model": "org/m", "expert_sources": ["org/m"]}, "expert_sources: org/m is named twice, or is the model"),
         ({"router": "linear", "num_routers": 4}, "num_routers has no meaning with router='linear'"),
         ({"router": "linear", "heads_per_router": 4}, "heads_per_router has no meaning with router='linear'"),
         ({"router": "linear", "router_pooling": "max"}, "router_pooling has no meaning with router='linear'"),

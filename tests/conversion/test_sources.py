@@ -1,5 +1,6 @@
 """Do several dense checkpoints fit each other?"""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from upcycled_moe.conversion.convert import convert
 from upcycled_moe.conversion.plan import build_plan
 from upcycled_moe.conversion.source import SourceError, SourceTensor, open_source
-from upcycled_moe.conversion.sources import check_fit, open_sources
+from upcycled_moe.conversion.sources import check_fit, open_sources, split_revision
 from upcycled_moe.conversion.writer import OutputError, check_output
 
 
@@ -164,10 +165,60 @@ def test_a_plan_without_weights_asks_for_none_of_the_others(dense, linear_recipe
 def test_no_sources_folder_is_written_over(dense, other, linear_recipe, overwrite):
     folder = other()
     plan = build_plan(open_source(str(dense())), linear_recipe(expert_sources=[str(folder)]))
-    with pytest.raises(OutputError, match="is the dense model itself"):
+    with pytest.raises(OutputError, match=rf"{folder}: is the dense model {folder} itself"):
         check_output(plan, folder, overwrite)
     with pytest.raises(OutputError, match="which replacing it would delete"):
         check_output(plan, folder.parent, overwrite)
+    with pytest.raises(OutputError, match=rf"lies in the folder of the dense model {folder}; give a folder outside"):
+        check_output(plan, folder / "new" / "moe", overwrite)
+
+
+def test_no_checkpoint_gives_experts_twice(dense, linear_recipe, tmp_path, monkeypatch):
+    first, second = dense(), dense(seed=1)
+    (tmp_path / "link").symlink_to(second)
+    monkeypatch.chdir(tmp_path)
+    for sources, named in (
+        ([str(first)], f"{first} and {first}"),
+        ([str(second), "link", str(first)], f"link and {second}"),
+    ):
+        with pytest.raises(SourceError, match=f"expert_sources: {named} are the same checkpoint; name each of them"):
+            build_plan(open_source(str(first)), linear_recipe(expert_sources=sources))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("org/model", ("org/model", None)),
+        ("org/model@v1", ("org/model", "v1")),
+        ("org/model@refs/pr/1", ("org/model", "refs/pr/1")),
+        ("folder@home", ("folder@home", None)),
+        ("org/model@", ("org/model@", None)),
+    ],
+)
+def test_a_source_may_name_its_revision(tmp_path, monkeypatch, name, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder@home").mkdir()
+    assert split_revision(name) == expected
+
+
+def test_the_recorded_recipe_holds_the_commit_of_every_source(dense, linear_recipe, tmp_path, monkeypatch):
+    local, other = str(dense(seed=1)), dense(seed=2)
+
+    def open_hub_model(model, revision=None, *, weights=True):
+        """`org/other` is on the Hub; its branch v1 is at commit 0123."""
+        if model == local:
+            return open_source(model, revision, weights=weights)
+        assert (model, revision) in (("org/other", "v1"), ("org/other", "0123"))
+        return dataclasses.replace(open_source(str(other)), name=model, revision="0123")
+
+    monkeypatch.setattr("upcycled_moe.conversion.sources.open_source", open_hub_model)
+    recipe = linear_recipe(expert_sources=[local, "org/other@v1"], num_experts=6)
+    recorded = convert(open_source(str(dense())), recipe, tmp_path / "out").plan.recipe
+    assert recorded.expert_sources == [local, "org/other@0123"]
+    provenance = json.loads((tmp_path / "out" / "upcycling.json").read_text(encoding="utf-8"))
+    assert provenance["recipe"]["expert_sources"] == [local, "org/other@0123"]
+    assert [source["revision"] for source in provenance["expert_sources"]] == [None, "0123"]
+    assert build_plan(open_source(str(dense())), recorded).recipe == recorded
 
 
 def test_provenance_and_card_name_every_source(dense, linear_recipe, tmp_path):

@@ -389,8 +389,9 @@ def test_outputs_that_would_destroy_something(dense, mixture_recipe, tmp_path, m
         open_source(str(folder)), mixture_recipe(calibration_data=[str(tmp_path / "texts" / "text.txt")])
     )
     for out, message in {
-        folder: "is the dense model itself",
-        tmp_path / "link": "is the dense model itself",
+        folder: f"is the dense model {folder} itself",
+        tmp_path / "link": f"is the dense model {folder} itself",
+        folder / "moe": f"lies in the folder of the dense model {folder}; give a folder outside",
         tmp_path / "models": "which replacing it would delete",
         tmp_path / "texts": "which replacing it would delete",
         tmp_path / "work": "which replacing it would delete",
