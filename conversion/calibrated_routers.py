@@ -102,8 +102,15 @@ def _warn_of_degenerate_routers(plan: ConversionPlan, reports: list[RouterReport
         )
     dead = [report for report in reports if report.dead_experts]
     if dead:
+        num_heads = plan.config.num_attention_heads
+        lower_num_routers = (
+            f", num_routers={plan.config.num_routers} makes routers of parts of the {num_heads} heads, and at most "
+            f"{num_heads} are wider"
+            if plan.config.router_type == "mixture" and plan.config.num_routers > num_heads
+            else ""
+        )
         progress.warn(
             f"Experts get no token in {len(dead)} of {len(reports)} layers (most: "
             f"{max(report.dead_experts for report in dead)} of {plan.config.num_routed_experts}); training may wake "
-            "them, a larger router_aux_loss_coef helps."
+            f"them, a larger router_aux_loss_coef helps{lower_num_routers}."
         )

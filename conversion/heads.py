@@ -54,8 +54,9 @@ def head_split(source: DenseSource, recipe: ConversionRecipe) -> HeadSplit:
 
     With R routers for n heads, n/R heads make a router (rounded up: where R does not divide n, some heads serve in
     two routers). R above n splits each head in R/n parts. There are max(R, E) keys. If nothing else is asked for, R is
-    the number of experts that compute if the heads allow it, else n; and so many heads are joined that all routers and
-    keys can differ. Slices of one copy (`experts="split"`) are one expert here: they share their keys.
+    the number of experts that compute, but at most n, since parts of heads are too narrow to tell many experts apart;
+    and so many heads are joined that all routers and keys can differ. Slices of one copy (`experts="split"`) are one
+    expert here: they share their keys.
 
     Raises:
         SettingsError: if the heads cannot be split or joined so.
@@ -65,8 +66,7 @@ def head_split(source: DenseSource, recipe: ConversionRecipe) -> HeadSplit:
     num_experts = recipe.num_distinct_experts
     num_routers = recipe.num_routers
     if num_routers is None:
-        num_computing = recipe.num_ffn_copies
-        num_routers = num_computing if _parts(num_computing, num_heads, head_dim) else num_heads
+        num_routers = min(recipe.num_ffn_copies, num_heads)
     num_keys = max(num_routers, num_experts)
     if num_keys % num_experts:
         raise SettingsError(

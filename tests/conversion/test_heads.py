@@ -121,7 +121,9 @@ SPLITS = [
     # 14 heads cannot make 16 routers: as many routers as heads, of pairs, since 14 single heads make no 16 keys.
     (14, 16, None, None, (14, 16, 14, 16, 2)),
     (14, 64, None, None, (14, 64, 14, 16, 2)),
-    (16, 32, None, None, (32, 32, 32, 8, 1)),
+    # No part of a head unless it is asked for: routers one dimension wide leave most experts without a token.
+    (16, 32, None, None, (16, 32, 16, 16, 2)),
+    (4, 64, None, None, (4, 64, 4, 16, 2)),
 ]
 
 
