@@ -4,10 +4,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from modeling_upcycled_moe import UpcycledQwenMoeConfig
+from modeling_upcycled_moe import SELECTIONS, UpcycledQwenMoeConfig
 
 from .backbone import backbone_method
-from .experts import EXPERTS
+from .experts import EXPERTS, ROUNDED_SLICES_MEASURED, TIES_MEASURED
 from .recipe import ConversionRecipe
 
 
@@ -30,27 +30,31 @@ def preservation(recipe: ConversionRecipe, config: UpcycledQwenMoeConfig, dtypes
         return Preservation("none", obstacle)
     start = EXPERTS[recipe.experts]
     if start.preserves_function != "exact":
-        return Preservation(start.preserves_function, f"experts are {start.describe(recipe)}")
-    granularity = recipe.expert_granularity
-    if recipe.experts == "split" and granularity & (granularity - 1) and set(dtypes) != {"F32"}:
-        return Preservation("approximate", f"down projections times {granularity} are rounded to 16 bits")
-    if recipe.experts == "split":
-        return Preservation("exact", "the slices of a copy add up to it, and weights sum to one")
-    return Preservation("exact", "experts are copies, and weights sum to one")
+        measured = f" ({start.measured})" if start.measured else ""
+        return Preservation(start.preserves_function, f"experts are {start.describe(recipe)}{measured}")
+    if recipe.experts != "split":
+        return Preservation("exact", "experts are copies, and weights sum to one")
+    if set(dtypes) != {"F32"} and (deviations := _deviations_in_16_bits(recipe, config)):
+        return Preservation("approximate", "; ".join(deviations))
+    return Preservation("exact", "the slices of a copy add up to it, and weights sum to one")
 
 
 def _obstacle(recipe: ConversionRecipe, config: UpcycledQwenMoeConfig) -> str | None:
     """Return why the function is not preserved at all; None if nothing stands in the way."""
+    if backbone_method(recipe) == "random":
+        what = "all weights are" if recipe.experts == "random" else "all but the experts is"
+        return f"{what} drawn at random"
     if recipe.expert_sources:
         return f"it joins {recipe.num_sources} dense models"
-    if backbone_method(recipe) == "random":
-        return "all but the experts is drawn at random"
-    if recipe.num_zero_experts or recipe.num_copy_experts or recipe.num_constant_experts:
+    if recipe.num_free_experts:
         return "experts without computation take a share of the weights"
     if not config.norm_topk_prob:
         return "routing weights do not sum to one (norm_topk_prob=false)"
-    if config.router_selection == "expert_choice":
-        return "in training, tokens that no expert chooses skip the layer (router_selection=expert_choice)"
+    selection = SELECTIONS[config.router_selection]
+    if selection.in_evaluation is not None and selection.leaves_empty_slots:
+        return (
+            f"in training, tokens that no expert chooses skip the layer (router_selection={config.router_selection})"
+        )
     return _split_obstacle(recipe, config) if recipe.experts == "split" else None
 
 
@@ -61,8 +65,24 @@ def _split_obstacle(recipe: ConversionRecipe, config: UpcycledQwenMoeConfig) -> 
         return (
             f"num_experts_per_tok={config.num_experts_per_tok} is not a multiple of the {granularity} slices of a copy"
         )
-    if config.router_selection == "top_p":
-        return "router_selection=top_p may select some slices of a copy and not the others"
+    if SELECTIONS[config.router_selection].leaves_empty_slots:
+        return f"router_selection={config.router_selection} may select some slices of a copy and not the others"
     if groups % granularity and granularity % groups:
         return f"num_expert_groups={groups} cut through the {granularity} kinds of slices"
     return None
+
+
+def _deviations_in_16_bits(recipe: ConversionRecipe, config: UpcycledQwenMoeConfig) -> list[str]:
+    """Return what 16 bits do to slices, with the measured figures."""
+    granularity = recipe.expert_granularity
+    deviations = []
+    if granularity & (granularity - 1):
+        deviations.append(f"down projections times {granularity} are rounded to 16 bits ({ROUNDED_SLICES_MEASURED})")
+    # Groups that hold one kind of slice each select by themselves, and so alike. Others have to tell copies apart.
+    is_slice_by_slice = (config.num_expert_groups or 1) % granularity == 0
+    if not is_slice_by_slice and config.num_experts_per_tok < config.num_experts:
+        deviations.append(
+            "copies can tie in 16 bits, and a token then mixes slices of two copies "
+            f"({TIES_MEASURED}); router_selection=grouped_top_k with num_expert_groups={granularity} rules it out"
+        )
+    return deviations
