@@ -11,7 +11,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
+from .description import describe_model, limits, num_active
 from .numbers import format_bytes, format_count
+from .papers import papers
 from .plan import ConversionPlan
 from .report import RouterReport
 from .source import DenseSource
@@ -19,9 +21,6 @@ from .writer import write_text
 
 
 CARD_FILE = "README.md"
-# arXiv numbers of the methods by which experts start, where they have one of their own.
-EXPERT_PAPERS = {"drop": "2502.19261", "split": "2410.07524"}
-SOURCES_PAPER = "2403.07816"
 
 
 def write_card(folder: Path, plan: ConversionPlan, reports: list[RouterReport] | None) -> None:
@@ -33,33 +32,35 @@ def render_card(plan: ConversionPlan, reports: list[RouterReport] | None) -> str
     """Return the model card of a conversion by `plan`, with what its fresh routers do."""
     recipe, config = plan.recipe, plan.config
     parents = [_parent(source) for source in plan.sources]
-    hub_ids = [parent["name"] for parent in parents if parent["is_hub_id"]]
     is_causal_lm = config.architectures[0].endswith("ForCausalLM")
-    title = f"{parents[0]['name'].split('/')[-1]}-{config.num_experts}x-MoE"
+    numbers = papers(recipe)
     card_data = ModelCardData(
-        base_model=(hub_ids[0] if len(hub_ids) == 1 else hub_ids) or None,
-        **_inherited([_parent_card(source.folder) for source in plan.sources]),
+        **({} if recipe.is_from_scratch else _lineage(plan, parents)),
         library_name="transformers",
         pipeline_tag="text-generation" if is_causal_lm else "text-classification",
         datasets=[name for name in recipe.calibration_data if _is_hub_dataset(name)] or None,
-        tags=["moe", "mixture-of-experts", "upcycling", "custom_code", *(f"arxiv:{paper}" for paper in _papers(plan))],
+        tags=[
+            *("moe", "mixture-of-experts", "custom_code"),
+            *([] if recipe.is_from_scratch else ["upcycling"]),
+            *(f"arxiv:{number}" for number in numbers),
+        ],
     )
     values: dict[str, Any] = {
-        "title": title,
+        "title": f"{parents[0]['name'].split('/')[-1]}-{config.num_experts}x-MoE",
         "parents": parents,
+        "is_from_scratch": recipe.is_from_scratch,
         "preserves_function": plan.preserves_function,
         "preservation_reason": plan.preservation_reason,
         "total_parameters": format_count(plan.total_parameters),
         "active_parameters": format_count(plan.active_parameters),
-        "num_layers": config.num_hidden_layers,
-        "num_moe_layers": len(config.moe_layers),
         "num_experts": config.num_experts,
-        "num_experts_per_tok": config.num_experts_per_tok,
-        "experts": recipe.experts,
-        "shared_expert": None if recipe.shared_expert == "none" else recipe.shared_expert,
+        "num_free_experts": recipe.num_free_experts,
+        "num_active": num_active(plan),
+        "description": describe_model(plan, [parent["name"] for parent in parents]),
         "router": f"{recipe.router}: {plan.router.describe()}",
         "method": plan.router.method,
-        "paper": plan.router.paper,
+        "paper": numbers[0] if numbers else None,
+        "limits": limits(plan),
         "is_classifier": not is_causal_lm,
         "auto_class": "AutoModelForCausalLM" if is_causal_lm else "AutoModelForSequenceClassification",
         "has_tokenizer": plan.source.has_tokenizer,
@@ -82,10 +83,11 @@ def _parent(source: DenseSource) -> dict[str, Any]:
     return {"name": source.name if is_hub_id else Path(source.name).resolve().name, "is_hub_id": is_hub_id}
 
 
-def _papers(plan: ConversionPlan) -> list[str]:
-    """Return the arXiv numbers of the methods, each once."""
-    papers = [plan.router.paper, EXPERT_PAPERS.get(plan.recipe.experts), SOURCES_PAPER * (len(plan.sources) > 1)]
-    return list(dict.fromkeys(paper for paper in papers if paper))
+def _lineage(plan: ConversionPlan, parents: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the card says of the parents, for a model that has something of them."""
+    hub_ids = [parent["name"] for parent in parents if parent["is_hub_id"]]
+    base_model = (hub_ids[0] if len(hub_ids) == 1 else hub_ids) or None
+    return {"base_model": base_model, **_inherited([_parent_card(source.folder) for source in plan.sources])}
 
 
 def _inherited(cards: list[ModelCardData]) -> dict[str, Any]:

@@ -275,6 +275,11 @@ class ConversionRecipe:
         return 1 + len(self.expert_sources)
 
     @property
+    def is_from_scratch(self) -> bool:
+        """Whether nothing that a dense model has learned goes into the result."""
+        return self.experts == "random" and self.backbone == "random"
+
+    @property
     def target_logit_std(self) -> float | None:
         """Standard deviation that a token's logits are scaled to; None leaves them as they are."""
         if self.router_logit_std == "auto":

@@ -73,9 +73,8 @@ class RouterInitializer:
     router_type: ClassVar[str]
     # The tensor that the logits grow with in proportion: scaling it scales them. None if there is none.
     scaled_tensor: ClassVar[str | None]
-    # What the model card calls it, and the arXiv number of its source.
+    # What the model card calls it; its paper is in `papers.py`.
     method: ClassVar[str]
-    paper: ClassVar[str]
     # Whether calibration has to collect attended keys too.
     attended_keys = False
 
@@ -111,7 +110,6 @@ class RandomLinear(RouterInitializer):
     router_type = "linear"
     scaled_tensor = "weight"
     method = "vanilla upcycling"
-    paper = "2212.05055"
 
     def describe(self) -> str:
         return f"random, N(0, {self.source.config.initializer_range})"
@@ -129,7 +127,6 @@ class RandomMLP(RouterInitializer):
     router_type = "mlp"
     scaled_tensor = "down_weight"
     method = "vanilla upcycling with two-layer routers, a baseline of Router Upcycling"
-    paper = "2509.00679"
 
     def describe(self) -> str:
         return f"two layers, random, N(0, {self.source.config.initializer_range})"
@@ -154,7 +151,6 @@ class GroupedAverage(RouterInitializer):
     router_type = "grouped_average"
     scaled_tensor = None
     method = "vanilla upcycling with the router of LocMoE"
-    paper = "2401.13920"
 
     def describe(self) -> str:
         return "averages of equal parts of the token, no parameters"
@@ -180,7 +176,6 @@ class DomainMeans(RouterInitializer):
     router_type = "linear"
     scaled_tensor = "weight"
     method = "routers from the texts of domains, in the manner of Nexus"
-    paper = "2408.15901"
 
     def describe(self) -> str:
         recipe = self.recipe
@@ -217,7 +212,6 @@ class AttentionHeads(RouterInitializer):
     router_type = "mixture"
     scaled_tensor = "keys"
     method = "Router Upcycling"
-    paper = "2509.00679"
 
     def __init__(self, source: DenseSource, recipe: ConversionRecipe):
         super().__init__(source, recipe)

@@ -6,7 +6,10 @@ from huggingface_hub import ModelCard
 
 from upcycled_moe.conversion.convert import convert
 from upcycled_moe.conversion.numbers import format_bytes, format_count
+from upcycled_moe.conversion.papers import PAPERS
 from upcycled_moe.conversion.plan import build_plan
+from upcycled_moe.conversion.recipe import GIVEN, ConversionRecipe
+from upcycled_moe.conversion.routers import ROUTER_INITIALIZERS
 from upcycled_moe.conversion.source import DenseSource, open_source
 
 
@@ -85,16 +88,57 @@ def test_a_parent_on_the_hub_is_linked(dense, linear_recipe):
         ({}, "**Freshly converted:** it computes what its parent computes.", None),
         (
             {"experts": "noise"},
-            "it computes nearly what its parent computes: experts are copies of the FFN with noise of 0.01 standard deviations.",
+            "it computes nearly what its parent computes: experts are copies of the FFN with noise of 0.01 standard "
+            "deviations (KL from the parent",
             None,
         ),
         (
             {"experts": "drop"},
-            "it does not compute what its parent computes: experts are copies of the FFN with 0.5 of its neurons redrawn. It has to be",
+            "it does not compute what its parent computes: experts are copies of the FFN with 0.5 of its neurons "
+            "redrawn. It has to be trained.",
             "2502.19261",
         ),
         ({"experts": "split"}, "**Freshly converted:** it computes what its parent computes.", "2410.07524"),
-        ({"shared_expert": "plain"}, "initialised by `copy`; a shared one beside them (`plain`) |", None),
+        (
+            {"shared_expert": "plain"},
+            "| Shared expert | a copy of the FFN, weight 1, routed and shared outputs halved |",
+            "2401.06066",
+        ),
+        (
+            {"shared_expert": "complement"},
+            "| Shared expert | a copy of the FFN, weight 1 - highest probability |",
+            "2404.15247",
+        ),
+        (
+            {"num_zero_experts": 1, "num_constant_experts": 2},
+            "with 4 experts a layer and 3 without computation, 2 of them active for each token,",
+            "2410.07348",
+        ),
+        ({"num_copy_experts": 3}, "| Free experts | 3 copy; routers choose among 7 |", "2410.07348"),
+        ({"moe_layers": [0, 2]}, "| MoE layers | 2 of 3: 0, 2 |", None),
+        (
+            {"router_selection": "grouped_top_k", "num_expert_groups": 2},
+            "| Selection | softmax, top 1 of each of 2 groups, weights sum to one |",
+            "2505.21411",
+        ),
+        (
+            {"router_selection": "prototype_top_k", "num_expert_groups": 2},
+            "| Selection | softmax within each of 2 groups, top 1 of each, weights sum to one |",
+            "2105.15082",
+        ),
+        (
+            {"router_selection": "top_p", "router_top_p": 0.4},
+            ", at most 2 of them active for each token,",
+            "2403.07652",
+        ),
+        (
+            {"router_selection": "expert_choice"},
+            "experts depend on later tokens: not causal. Evaluation and generation use top_k and are causal.",
+            "2202.09368",
+        ),
+        ({"router_score_function": "sigmoid"}, "| Selection | sigmoid, top 2, weights sum to one |", "2412.19437"),
+        ({"use_router_bias": True}, "weights sum to one, balanced by a bias |", "2408.15664"),
+        ({"router_jitter_noise": 0.01}, "jitter of 0.01 in training |", "2101.03961"),
     ],
 )
 def test_the_card_says_what_the_fresh_model_is(dense, linear_recipe, settings, text, paper):
@@ -104,6 +148,63 @@ def test_the_card_says_what_the_fresh_model_is(dense, linear_recipe, settings, t
     assert text in card.text
     papers = [tag for tag in card.data.tags if tag.startswith("arxiv:")]
     assert papers == ["arxiv:2212.05055", *([f"arxiv:{paper}"] if paper else [])]
+
+
+def test_a_model_from_scratch_is_nobodys_child(dense, linear_recipe, tmp_path):
+    from upcycled_moe.conversion.card import render_card
+
+    folder = shutil.copytree(dense(), tmp_path / "dense")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage:\n- en\n---\n", encoding="utf-8")
+    local = open_source(str(folder))
+    source = DenseSource("Qwen/Qwen2.5-0.5B", local.folder, "0123abc", local.config, local.tensors)
+    card = ModelCard(render_card(build_plan(source, linear_recipe(experts="random", backbone="random")), None))
+    assert (card.data.base_model, card.data.license, card.data.language) == (None, None, None)
+    assert "arxiv:2212.05055" not in card.data.tags
+    assert "upcycling" not in card.data.tags
+    assert (
+        "drawn at random in the shape of the dense model [Qwen/Qwen2.5-0.5B](https://huggingface.co/Qwen/" in card.text
+    )
+    assert "**Freshly made:** all weights are drawn at random. It has to be trained from the start." in card.text
+    for text in ("upcycled from", "upcycling]", "gets wrong", "start equal", "Freshly converted"):
+        assert text not in card.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({}, "Experts start equal and learn to differ only in training."),
+        ({"experts": "split"}, "Experts with the same slice start equal and learn to differ only in training."),
+        ({"experts": "split", "expert_granularity": 4, "num_experts_per_tok": 4}, None),
+        ({"experts": "noise"}, None),
+        ({"experts": "drop"}, None),
+    ],
+)
+def test_only_copies_start_equal(dense, linear_recipe, settings, sentence):
+    from upcycled_moe.conversion.card import render_card
+
+    card = render_card(build_plan(open_source(str(dense())), linear_recipe(**settings)), None)
+    assert ("start equal" in card) == (sentence is not None)
+    assert sentence is None or f"\n{sentence}\n" in card
+    assert "Whatever its parent gets wrong, this model gets wrong." in card
+
+
+def test_experts_of_one_parent_each_do_not_start_equal(dense, linear_recipe):
+    from upcycled_moe.conversion.card import render_card
+
+    source, other = open_source(str(dense())), str(dense(seed=1))
+    for num_experts in (2, 4):
+        card = render_card(build_plan(source, linear_recipe(expert_sources=[other], num_experts=num_experts)), None)
+        assert ("Experts from the same parent start equal" in card) == (num_experts == 4)
+        assert "Whatever its parents get wrong" in card
+        assert "hashes of the dense models" in card
+
+
+def test_every_paper_belongs_to_a_setting_and_every_router_has_one():
+    defaults = ConversionRecipe()
+    for setting, value, number in PAPERS:
+        assert re.fullmatch(r"\d{4}\.\d{5}", number)
+        assert value is GIVEN or value != getattr(defaults, setting) or setting == "router"
+    assert {value for setting, value, _ in PAPERS if setting == "router"} == set(ROUTER_INITIALIZERS)
 
 
 @pytest.mark.parametrize("licences", [("apache-2.0", "apache-2.0"), ("apache-2.0", "other"), ("apache-2.0", None)])

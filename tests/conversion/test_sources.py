@@ -233,7 +233,7 @@ def test_provenance_and_card_name_every_source(dense, linear_recipe, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f"upcycled from the dense models `{folders[0].name}`, `{folders[1].name}`\nby" in card
     assert "arxiv:2403.07816" in card
-    assert "it does not compute what its parent computes: it joins 2 dense models" in card
+    assert "it does not compute what any of its parents computes: it joins 2 dense models" in card
 
 
 def test_more_of_one_model_than_of_another_cannot_be(dense, linear_recipe):
