@@ -13,6 +13,7 @@ from .verify import print_verification
 
 if TYPE_CHECKING:
     from ..conversion.convert import ConversionResult
+    from ..conversion.plan import ConversionPlan
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -31,7 +32,11 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
-    parser.add_argument("--verify", action="store_true", help="then compare the result with the dense model")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="then compare the result with the dense model, if the recipe preserves its function exactly",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_recipe_options(parser)
     return parser
@@ -55,6 +60,8 @@ def run(options: argparse.Namespace) -> int:
         _check_not_dense(out)
     quiet_libraries()
     source, recipe = open_model(recipe, weights=not options.dry_run)
+    if options.verify:
+        _check_preserved(build_plan(source, recipe))
     if options.dry_run:
         plan = build_plan(source, recipe)
         check_output(plan, out, options.overwrite)
@@ -76,6 +83,15 @@ def run(options: argparse.Namespace) -> int:
         if verification is not None:
             print_verification(verification)
     return 0 if verification is None or verification.equal else 3
+
+
+def _check_preserved(plan: "ConversionPlan") -> None:
+    """Check that the result computes what the dense model does, so that a difference is a fault."""
+    if plan.preserves_function != "exact":
+        raise SettingsError(
+            f"--verify tells faults by differences from the dense model, and this recipe makes some: "
+            f"{plan.preservation_reason}; leave --verify out. `upcycled-moe verify` shows how far they are apart."
+        )
 
 
 def _check_not_dense(out: Path) -> None:

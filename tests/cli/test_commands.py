@@ -476,6 +476,57 @@ def test_convert_with_verify_fails_on_a_difference(upcycled_moe, dense, tmp_path
     assert json.loads(out)["verification"]["equal"] is False
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--experts", "noise"], "experts are copies of the FFN with noise of 0.01 standard deviations ("),
+        (["--no-norm-topk-prob"], "routing weights do not sum to one (norm_topk_prob=false); leave --verify out."),
+        (["--num-zero-experts", 1, "--dry-run"], "experts without computation take a share of the weights; leave"),
+    ],
+)
+def test_what_differs_by_its_recipe_is_not_verified(upcycled_moe, dense, tmp_path, options, reason):
+    options = [*options, "--router", "linear", "--num-experts", 4]
+    status, out, err = upcycled_moe("convert", dense, tmp_path / "out", *options, "--verify")
+    assert (status, out) == (2, "")
+    assert f"differences from the dense model, and this recipe makes some: {reason}" in err
+    assert err.endswith("`upcycled-moe verify` shows how far they are apart.\n")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "settings"),
+    [
+        (
+            "router_upcycling_8x0.5b",
+            ["--router", "linear", "--backbone", "random"],
+            {"router": "linear", "num_routers": None, "calibration_data": [], "num_experts": 8},
+        ),
+        (
+            "fine_grained",
+            ["--router-selection", "top_k"],
+            {"router_selection": "top_k", "num_expert_groups": None, "expert_granularity": 8},
+        ),
+        ("dynamic_top_p", ["--router-selection", "top_k"], {"router_top_p": None, "num_experts": 16}),
+    ],
+)
+def test_flags_change_a_recipe_of_the_package(upcycled_moe, dense, name, options, settings):
+    status, out, err = upcycled_moe("plan", dense, "--recipe", name, *options, "--json")
+    assert (status, err) == (0, "")
+    recipe = json.loads(out)["recipe"]
+    assert {setting: recipe[setting] for setting in settings} == settings
+
+
+@pytest.mark.parametrize("option", ["--num-zero-experts", "--num-copy-experts", "--num-constant-experts"])
+@pytest.mark.parametrize("router", ["linear", "mixture"])
+def test_impossible_numbers_of_free_experts_are_one_line(upcycled_moe, dense, text_file, option, router):
+    for count in (-8, 10**15):
+        options = ["--router", router, "--calibration-data", text_file, f"{option}={count}"]
+        status, out, err = upcycled_moe("plan", dense, *options)
+        assert (status, out) == (2, "")
+        assert err == f"upcycled-moe: error: {option[2:].replace('-', '_')}={count} is outside 0 to 256.\n"
+
+
 @pytest.mark.parametrize("command", ["plan", "verify"], ids=["long results", "short results"])
 def test_results_that_cannot_be_printed_are_an_error(dense, converted, command):
     arguments = [command, str(dense), str(converted), *(["--router", "linear", "--json"] * (command == "plan"))]
