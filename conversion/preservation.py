@@ -8,7 +8,7 @@ from modeling_upcycled_moe import SELECTIONS, UpcycledQwenMoeConfig
 
 from .backbone import backbone_method
 from .experts import EXPERTS, ROUNDED_SLICES_MEASURED, TIES_MEASURED
-from .recipe import ConversionRecipe
+from .recipe import TEXT_ROUTERS, ConversionRecipe
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,26 @@ def _split_obstacle(recipe: ConversionRecipe, config: UpcycledQwenMoeConfig) -> 
         return f"router_selection={config.router_selection} may select some slices of a copy and not the others"
     if groups % granularity and granularity % groups:
         return f"num_expert_groups={groups} cut through the {granularity} kinds of slices"
+    # Beside a bias scores are compared as they are; otherwise their logarithms are, which still differ near one.
+    has_saturated_scores = config.router_score_function == "sigmoid" and config.use_router_bias
+    has_large_logits = recipe.router in TEXT_ROUTERS or recipe.target_logit_std is not None
+    if has_saturated_scores and has_large_logits and _can_mix(recipe, config):
+        return (
+            "sigmoid scores of large logits are all one, and under use_router_bias a token then mixes slices of two "
+            f"copies; {_unmixed(recipe)}"
+        )
     return None
+
+
+def _can_mix(recipe: ConversionRecipe, config: UpcycledQwenMoeConfig) -> bool:
+    """Return whether a token may take slices of two copies that tie."""
+    # Groups that hold one kind of slice each select by themselves, and so alike.
+    is_slice_by_slice = (config.num_expert_groups or 1) % recipe.expert_granularity == 0
+    return not is_slice_by_slice and config.num_experts_per_tok < config.num_experts
+
+
+def _unmixed(recipe: ConversionRecipe) -> str:
+    return f"router_selection=grouped_top_k with num_expert_groups={recipe.expert_granularity} rules it out"
 
 
 def _deviations_in_16_bits(recipe: ConversionRecipe, config: UpcycledQwenMoeConfig) -> list[str]:
@@ -78,11 +97,9 @@ def _deviations_in_16_bits(recipe: ConversionRecipe, config: UpcycledQwenMoeConf
     deviations = []
     if granularity & (granularity - 1):
         deviations.append(f"down projections times {granularity} are rounded to 16 bits ({ROUNDED_SLICES_MEASURED})")
-    # Groups that hold one kind of slice each select by themselves, and so alike. Others have to tell copies apart.
-    is_slice_by_slice = (config.num_expert_groups or 1) % granularity == 0
-    if not is_slice_by_slice and config.num_experts_per_tok < config.num_experts:
+    if _can_mix(recipe, config):
         deviations.append(
-            "copies can tie in 16 bits, and a token then mixes slices of two copies "
-            f"({TIES_MEASURED}); router_selection=grouped_top_k with num_expert_groups={granularity} rules it out"
+            f"copies can tie in 16 bits, and a token then mixes slices of two copies ({TIES_MEASURED}); "
+            f"{_unmixed(recipe)}"
         )
     return deviations

@@ -89,6 +89,88 @@ def test_every_router_leaves_the_function_as_it_was(dense, recipe_for, tmp_path,
     assert [report.layer for report in result.routers] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("initial_std", ["none", 20.0])
+@torch.no_grad()
+def test_sigmoid_scores_of_raw_logits_keep_slices_together(
+    dense, mixture_recipe, tmp_path, tokens, family, initial_std
+):
+    """Scores that are one in float32 still tell copies apart; a tie would mix slices of two of them."""
+    folder = dense(family)
+    recipe = mixture_recipe(**SLICES, router_score_function="sigmoid", router_logit_std=initial_std)
+    result = convert(open_source(str(folder)), recipe, tmp_path / "out")
+    assert result.plan.preserves_function == "exact"
+    assert initial_std == "none" or all(report.logit_std > 19 for report in result.routers)
+    expected = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
+    assert (load(tmp_path / "out")(tokens).logits - expected).abs().max().item() <= TOLERANCE
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+@torch.no_grad()
+def test_under_a_bias_saturated_scores_mix_slices(dense, mixture_recipe, tmp_path, tokens, groups):
+    grouped = {} if groups is None else {"router_selection": "grouped_top_k", "num_expert_groups": groups}
+    recipe = mixture_recipe(
+        **SLICES, **grouped, router_score_function="sigmoid", use_router_bias=True, router_logit_std=30.0
+    )
+    plan = convert(open_source(str(dense())), recipe, tmp_path / "out").plan
+    expected = AutoModelForCausalLM.from_pretrained(dense()).eval()(tokens).logits
+    difference = (load(tmp_path / "out")(tokens).logits - expected).abs().max().item()
+    if groups is None:
+        assert plan.preserves_function == "none"
+        assert plan.preservation_reason.startswith("sigmoid scores of large logits are all one, and under use_router")
+        assert difference > 1e-2
+    else:
+        assert plan.preserves_function == "exact"
+        assert difference <= TOLERANCE
+
+
+@pytest.mark.parametrize("initial_std", ["none", 1000.0])
+@torch.no_grad()
+def test_sigmoid_scores_of_raw_logits_are_finite_in_groups(dense, mixture_recipe, tmp_path, tokens, initial_std):
+    """Scores of all experts of a group may vanish; their weights still sum to one."""
+    recipe = mixture_recipe(
+        router_score_function="sigmoid",
+        router_selection="prototype_top_k",
+        num_expert_groups=2,
+        router_logit_std=initial_std,
+    )
+    folder, progress = dense("qwen3"), Warnings()
+    convert(open_source(str(folder)), recipe, tmp_path / "out", progress=progress)
+    actual = load(tmp_path / "out")(tokens).logits
+    assert actual.isfinite().all()
+    expected = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
+    assert (actual - expected).abs().max().item() <= TOLERANCE
+    (message,) = (message for message in progress.messages if "gradient" in message)
+    assert message == (
+        "num_experts_per_tok=2: the weight of the only expert per group is always the same, so the language-modeling "
+        "loss gives the routers no gradient; use 2 experts per group, or norm_topk_prob=false."
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_warned"),
+    [
+        ({"num_experts_per_tok": 1}, True),
+        ({"num_experts_per_tok": 1, "norm_topk_prob": False}, False),
+        ({"num_experts_per_tok": 1, "shared_expert": "complement"}, False),
+        ({"num_experts_per_tok": 2}, False),
+        ({"router_selection": "grouped_top_k", "num_expert_groups": 2}, False),
+        ({"router_selection": "prototype_top_k", "num_expert_groups": 2}, True),
+        ({"router_selection": "prototype_top_k", "num_expert_groups": 2, "norm_topk_prob": False}, False),
+        ({"router_selection": "prototype_top_k", "num_expert_groups": 2, "num_experts_per_tok": 4}, False),
+    ],
+)
+def test_routers_that_language_modeling_does_not_teach_are_warned_of(
+    dense, linear_recipe, tmp_path, settings, is_warned
+):
+    progress = Warnings()
+    convert(open_source(str(dense())), linear_recipe(**settings), tmp_path / "out", progress=progress)
+    assert [message for message in progress.messages if "the routers no gradient" in message] == (
+        progress.messages if is_warned else []
+    )
+    assert len(progress.messages) == is_warned
+
+
 @pytest.mark.parametrize("router", ["linear", "mlp", "grouped_average"])
 @torch.no_grad()
 def test_routers_without_text_start_without_text(dense, linear_recipe, tmp_path, tokens, router):
@@ -244,6 +326,20 @@ def test_dead_experts_count_over_all_that_are_routed_to(dense, recipe_for, tmp_p
     most = max(report.dead_experts for report in reports)
     assert most > 0
     assert any(f"(most: {most} of 16)" in message for message in progress.messages)
+    assert not any("num_routers" in message for message in progress.messages)
+
+
+def test_parts_of_heads_are_named_where_experts_are_dead(dense, mixture_recipe, tmp_path):
+    """64 experts on 16 heads: as many routers, of parts one dimension wide, leave more without a token than 16 do."""
+    source, dead = open_source(str(dense("qwen1.5", num_attention_heads=16, num_key_value_heads=16))), {}
+    for num_routers in (64, None):
+        progress = Warnings()
+        recipe = mixture_recipe(num_experts=64, num_routers=num_routers, moe_layers=[1], calibration_tokens=2048)
+        result = convert(source, recipe, tmp_path / str(num_routers), progress=progress)
+        dead[num_routers] = result.routers[0].dead_experts
+        part_text = "num_routers=64 makes routers of parts of the 16 heads, and at most 16 are wider"
+        assert any(part_text in message for message in progress.messages) == (num_routers == 64)
+    assert dead[None] < 0.7 * dead[64]
 
 
 def test_a_grouped_average_needs_equal_parts_of_the_token(dense, linear_recipe, tmp_path):

@@ -258,3 +258,13 @@ def test_what_does_not_fit_the_width_is_refused(dense, linear_recipe, settings, 
 
 def test_every_way_in_the_recipe_is_there():
     assert set(EXPERTS) == set(typing.get_args(ConversionRecipe.__annotations__["experts"]))
+
+
+@pytest.mark.parametrize(("dtype", "smallest_exact"), [(torch.float16, 2.0**-13), (torch.bfloat16, 2.0**-125)])
+def test_halving_loses_bits_below_the_normal_numbers_only(dtype, smallest_exact):
+    """What the docstring of `output_factors` says; trained weights in bfloat16 are never that small."""
+    last_bit = 1 + torch.finfo(dtype).eps
+    for weight, is_exact in ((smallest_exact * last_bit, True), (smallest_exact / 2 * last_bit, False)):
+        value = torch.tensor(weight, dtype=torch.float64).to(dtype)
+        assert value.double() == weight
+        assert ((value * 0.5).double() * 2 == weight) == is_exact

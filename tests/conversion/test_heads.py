@@ -17,6 +17,7 @@ from upcycled_moe.conversion.heads import (
     random_groups,
 )
 from upcycled_moe.conversion.recipe import ConversionRecipe
+from upcycled_moe.conversion.routers import AttentionHeads
 from upcycled_moe.conversion.source import DenseSource, open_source
 
 
@@ -253,6 +254,15 @@ def test_any_number_of_experts_finds_its_heads(num_heads):
         assert split.num_keys == num_experts
         # Enough different groups, so that no two experts need have the same key.
         assert comb(split.num_units, split.heads_per_router) >= num_experts
+
+
+@pytest.mark.parametrize("settings", [{"num_zero_experts": 1}, {"experts": "split", "num_copy_experts": 5}])
+def test_every_routed_expert_has_as_many_keys(settings):
+    for num_experts in range(2, 257, 2):
+        recipe = ConversionRecipe(num_experts=num_experts, calibration_data=["text.txt"], **settings)
+        fields = AttentionHeads(wide_source(), recipe).config_fields()
+        assert fields["num_router_keys"] % (num_experts + recipe.num_free_experts) == 0
+        assert fields["num_routers"] == min(recipe.num_ffn_copies, 16)
 
 
 @pytest.mark.parametrize(
