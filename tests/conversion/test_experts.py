@@ -182,7 +182,7 @@ def test_random_experts_are_drawn_one_by_one(dense, linear_recipe):
 @pytest.mark.parametrize("num_sources", [2, 4])
 def test_several_models_have_equal_shares_of_the_experts(dense, linear_recipe, num_sources):
     ffns = [ffn_of(dense(seed=seed)) for seed in range(num_sources)]
-    recipe = linear_recipe(num_experts=8, expert_sources=["other"] * (num_sources - 1))
+    recipe = linear_recipe(num_experts=8, expert_sources=[f"other {number}" for number in range(1, num_sources)])
     for index, expert in enumerate(zip(*experts_of(ffns, recipe), strict=True)):
         assert all(map(same_neuron, neurons(*expert), dense_neurons(ffns[index // (8 // num_sources)])))
     fused = fused_experts(ffns, recipe, NAME, 0.1)
