@@ -66,7 +66,7 @@ def print_plan(plan: "ConversionPlan", out: Path, as_json: bool) -> None:
     for name, value in {
         **describe_model(plan, [source.name for source in plan.sources]),
         "Preserves the function": f"{plan.preserves_function}: {plan.preservation_reason}",
-        "Parameters": f"{format_count(plan.total_parameters)} total, {format_count(plan.active_parameters)} active",
+        "Parameters": _describe_parameters(plan),
         "FLOPs per token": f"{format_count(plan.flops_per_token)} forward, attention scores not counted",
         "Size": f"{format_bytes(plan.num_bytes)} in {len(plan.shards)} file{'s' * (len(plan.shards) > 1)}",
         "Peak memory": f"about {format_bytes(plan.peak_memory_bytes)}",
@@ -100,3 +100,15 @@ def print_plan(plan: "ConversionPlan", out: Path, as_json: bool) -> None:
     for table in (routers, tensors, shards):
         console.print()
         console.print(table)
+
+
+def _describe_parameters(plan: "ConversionPlan") -> str:
+    from ..conversion.numbers import format_count
+
+    counts = [plan.total_parameters, plan.active_parameters]
+    total, active = map(format_count, counts)
+    text = f"{total} total, {active} active"
+    if plan.tied_head_parameters:
+        total, active = (format_count(count + plan.tied_head_parameters) for count in counts)
+        text += f" ({total} and {active} if the head, which is the embedding, counts apart)"
+    return text

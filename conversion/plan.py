@@ -88,6 +88,13 @@ class ConversionPlan:
         )
 
     @property
+    def tied_head_parameters(self) -> int:
+        """Parameters of an output head that is the embedding, and which some count once more."""
+        if not self.config.tie_word_embeddings or not self.config.architectures[0].endswith("ForCausalLM"):
+            return 0
+        return self.config.vocab_size * self.config.hidden_size
+
+    @property
     def active_parameters(self) -> int:
         """Parameters that one token meets: all but the experts that it is not sent to.
 
@@ -172,6 +179,7 @@ class ConversionPlan:
             "recipe": self.recipe.to_dict(),
             "total_parameters": self.total_parameters,
             "active_parameters": self.active_parameters,
+            "tied_head_parameters": self.tied_head_parameters,
             "flops_per_token": self.flops_per_token,
             "num_bytes": self.num_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,

@@ -383,7 +383,7 @@ class UpcycledQwenMoeConfig(Qwen3Config):
                 f"router_selection={self.router_selection!r} does not use router_top_p; leave it out or set "
                 "router_selection='top_p'."
             )
-        if self.use_router_bias and not selection.takes_bias:
+        if self.use_router_bias and not selection.compares_within_token:
             raise ValueError(
                 f"use_router_bias=True has no meaning with router_selection={self.router_selection!r}, which "
                 "does not compare biased scores; leave it out."

@@ -2,9 +2,9 @@
 
 Dimensions: T tokens, E experts that a router chooses from, K slots of a token, G groups of neighbouring experts.
 
-A way of selection is a function from log-scores [T, E] to the index [T, K] of each token's experts, and an entry in
-`SELECTIONS`. The index E says that a slot is empty. Everything is computed from the logarithms of the scores, which
-neither overflow nor vanish, whatever the size of the logits.
+A way of selection is a function from scores [T, E], or what has their order, to the index [T, K] of each token's
+experts, and an entry in `SELECTIONS`. The index E says that a slot is empty. Weights are computed from the logarithms
+of the scores, which neither overflow nor vanish, whatever the size of the logits.
 """
 
 import math
@@ -87,10 +87,10 @@ class Selection:
     """A way of selection, and what goes with it.
 
     Args:
-        select: from scores or their logarithms [T, E] to the index [T, K].
+        select: from log-scores [T, E], or what has their order, to the index [T, K].
         is_grouped: whether it selects from `num_expert_groups` groups of equal size.
         leaves_empty_slots: whether a token may get fewer experts than it has slots.
-        takes_bias: whether it compares scores only, so that a bias can be added to them.
+        compares_within_token: whether it only compares scores of a token, so that a bias can be added to them.
         takes_free_experts: whether it can select experts without computation too.
         in_evaluation: name of the selection that stands for it in evaluation mode; itself if None.
     """
@@ -98,7 +98,7 @@ class Selection:
     select: Callable[[torch.Tensor, object], torch.Tensor]
     is_grouped: bool = False
     leaves_empty_slots: bool = False
-    takes_bias: bool = True
+    compares_within_token: bool = True
     takes_free_experts: bool = True
     in_evaluation: str | None = None
 
@@ -107,12 +107,12 @@ SELECTIONS = {
     "top_k": Selection(select_top_k),
     "grouped_top_k": Selection(select_grouped_top_k, is_grouped=True, takes_free_experts=False),
     "prototype_top_k": Selection(select_grouped_top_k, is_grouped=True, takes_free_experts=False),
-    "top_p": Selection(select_top_p, leaves_empty_slots=True, takes_bias=False),
+    "top_p": Selection(select_top_p, leaves_empty_slots=True, compares_within_token=False),
     # By the token alone in evaluation, so that what is generated does not depend on what comes after it.
     "expert_choice": Selection(
         select_expert_choice,
         leaves_empty_slots=True,
-        takes_bias=False,
+        compares_within_token=False,
         takes_free_experts=False,
         in_evaluation="top_k",
     ),
@@ -163,9 +163,13 @@ class ExpertSelector(nn.Module):
         selection = SELECTIONS[self.config.router_selection]
         if selection.in_evaluation is not None and not self.training:
             selection = SELECTIONS[selection.in_evaluation]
-        choice = scores.detach()
         if self.e_score_correction_bias is not None:
-            choice = choice.exp() + self.e_score_correction_bias
+            choice = scores.detach().exp() + self.e_score_correction_bias
+        elif selection.compares_within_token:
+            # In the order of the scores, and without the ties that rounding makes of large ones.
+            choice = router_logits.detach().float()
+        else:
+            choice = scores.detach()
         index = selection.select(choice, self.config)
         return expert_weights(scores, index, self.config), index
 

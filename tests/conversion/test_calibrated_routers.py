@@ -4,31 +4,14 @@ import random
 
 import pytest
 import torch
+from fresh_models import TOLERANCE, Warnings, load
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.conversion.calibration import calibrate, calibration_blocks
-from upcycled_moe.conversion.convert import Progress, convert
+from upcycled_moe.conversion.convert import convert
 from upcycled_moe.conversion.source import open_source
-
-
-# Largest |Δlogit| in float32 for logits of order one.
-TOLERANCE = 5e-6
-
-
-class Warnings(Progress):
-    """Collects the warnings of a conversion."""
-
-    def __init__(self):
-        self.messages = []
-
-    def warn(self, message):
-        self.messages.append(message)
-
-
-def load(folder, **arguments):
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **arguments).eval()
 
 
 def gates(folder, name) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from dense_checkpoints import SHAPE, folder_hashes, write_dense
+from fresh_models import TOLERANCE, Warnings, load
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -21,27 +22,11 @@ from transformers import (
 import modeling_upcycled_moe
 from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.conversion.calibration import best_device, calibrate, calibration_blocks
-from upcycled_moe.conversion.convert import Progress, convert
+from upcycled_moe.conversion.convert import convert
 from upcycled_moe.conversion.source import open_source
 
 
 FAMILIES = ["qwen2", "qwen2-sliding", "qwen1.5", "qwen3"]
-# Largest |Δlogit| in float32 for logits of order one.
-TOLERANCE = 5e-6
-
-
-class Warnings(Progress):
-    """Collects the warnings of a conversion."""
-
-    def __init__(self):
-        self.messages = []
-
-    def warn(self, message):
-        self.messages.append(message)
-
-
-def load(folder, **arguments):
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **arguments).eval()
 
 
 def weights(folder) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from transformers import Qwen2Config
 from upcycled_moe.cli.recipe_options import packaged_recipes
 from upcycled_moe.common.settings import load_yaml
 from upcycled_moe.conversion.plan import build_plan, router_plans
-from upcycled_moe.conversion.recipe import build_recipe
+from upcycled_moe.conversion.recipe import ConversionRecipe, build_recipe
 from upcycled_moe.conversion.source import open_source
 
 
@@ -151,6 +151,17 @@ def test_models_of_the_tables_have_the_papers_size(plan_of, name):
     assert plan.total_parameters == pytest.approx(2.1e9, rel=0.02)
     idle_expert = 24 * 3 * 1024 * 2816 * (plan.config.num_experts_per_tok == 1)
     assert plan.active_parameters + idle_expert == pytest.approx(0.85e9, rel=0.04)
+
+
+def test_a_head_that_is_the_embedding_is_counted_apart(tmp_path):
+    """So that the paper's figures are found whichever way the published model has it."""
+    config = Qwen2Config(**SHAPES["Qwen/Qwen1.5-0.5B"] | {"tie_word_embeddings": True})
+    config.architectures = ["Qwen2ForCausalLM"]
+    write_header_only(tmp_path, config)
+    plan = build_plan(open_source(str(tmp_path)), ConversionRecipe(router="linear"))
+    assert plan.total_parameters == pytest.approx(1.94e9, rel=0.01)
+    assert plan.total_parameters + plan.tied_head_parameters == pytest.approx(2.1e9, rel=0.01)
+    assert plan.active_parameters + plan.tied_head_parameters == pytest.approx(0.85e9, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -319,9 +319,9 @@ def test_weights_of_logits_of_any_size_are_finite_gradients_included(make_moe, f
 def test_sigmoid_scores_that_round_to_one_still_have_an_order(make_moe):
     [block] = moe_blocks(make_moe(num_hidden_layers=1, router_score_function="sigmoid"))
 
-    _, index = block.gate.selector(torch.tensor([[30.0, 40.0, 50.0, 60.0]]))
+    _, index = block.gate.selector(torch.tensor([[30.0, 40.0, 50.0, 60.0], [300.0, 500.0, 400.0, 200.0]]))
 
-    assert index.tolist() == [[3, 2]]
+    assert index.tolist() == [[3, 2], [1, 2]]
 
 
 CONSTANT = {
