@@ -69,7 +69,7 @@ def _split_obstacle(recipe: ConversionRecipe, config: UpcycledQwenMoeConfig) -> 
         return f"router_selection={config.router_selection} may select some slices of a copy and not the others"
     if groups % granularity and granularity % groups:
         return f"num_expert_groups={groups} cut through the {granularity} kinds of slices"
-    # Beside a bias scores are compared as they are; otherwise their logarithms are, which still differ near one.
+    # Beside a bias scores are compared as they are, which may all be one; otherwise logits are, which still differ.
     has_saturated_scores = config.router_score_function == "sigmoid" and config.use_router_bias
     has_large_logits = recipe.router in TEXT_ROUTERS or recipe.target_logit_std is not None
     if has_saturated_scores and has_large_logits and _can_mix(recipe, config):
