@@ -108,6 +108,8 @@ def test_sharded_processes_train_as_one_and_save_what_loads_anywhere(
         assert len(config["auto_map"]) == 4
         assert config["architectures"] == ["UpcycledQwenMoeForCausalLM"]
         _load_as_remote_code(folder)
+    if use_router_bias:
+        return  # that biases resume is tested with one process
 
     resumed = tmp_path / "resumed"
     shutil.copytree(output_dir / "checkpoint-3", resumed / "checkpoint-3")
