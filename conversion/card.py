@@ -60,6 +60,7 @@ def render_card(plan: ConversionPlan, reports: list[RouterReport] | None) -> str
         "router": f"{recipe.router}: {plan.router.describe()}",
         "method": plan.router.method,
         "paper": numbers[0] if numbers else None,
+        "other_papers": numbers if recipe.is_from_scratch else numbers[1:],
         "limits": limits(plan),
         "is_classifier": not is_causal_lm,
         "auto_class": "AutoModelForCausalLM" if is_causal_lm else "AutoModelForSequenceClassification",

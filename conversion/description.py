@@ -40,7 +40,8 @@ def describe_model(plan: ConversionPlan, source_names: Sequence[str]) -> dict[st
 def num_active(plan: ConversionPlan) -> str:
     """Return how many experts a token goes to."""
     config = plan.config
-    return "at most " * (config.router_selection == "top_p") + str(config.num_experts_per_tok)
+    is_less = config.has_empty_slots and SELECTIONS[config.router_selection].in_evaluation is None
+    return "at most " * is_less + str(config.num_experts_per_tok)
 
 
 def limits(plan: ConversionPlan) -> list[str]:
@@ -103,7 +104,10 @@ def _describe_selection(plan: ConversionPlan) -> str:
         "top_p": [score, f"the best until they sum to {config.router_top_p}, at most {k}"],
         "expert_choice": [score, f"experts choose in training, else top {k}"],
     }.get(config.router_selection, [score, config.router_selection])
-    parts.append("weights sum to one" if config.norm_topk_prob else "weights are the scores")
+    weights = "weights sum to one" if config.norm_topk_prob else "weights are the scores"
+    if config.shared_expert_gating == "complement":
+        weights = "weights sum to the highest probability"
+    parts.append(weights)
     if config.use_router_bias:
         parts.append("balanced by a bias")
     if config.router_jitter_noise:

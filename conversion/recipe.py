@@ -21,12 +21,11 @@ ROUTERS_WITHOUT_PARAMETERS = ("grouped_average",)
 
 # In the place of values that give another setting a meaning: any but the default.
 GIVEN = "given"
-# By setting, those that say the same in another way: a later layer that holds one of them puts the setting aside.
+# By setting, those that make it out of date: a later layer that changes one of them puts the setting aside.
 REPLACED_BY = {
     "revision": ("model",),
     "decoder_sparse_step": ("moe_layers",),
     "mlp_only_layers": ("moe_layers",),
-    "moe_layers": ("decoder_sparse_step", "mlp_only_layers"),
 }
 
 
@@ -92,7 +91,9 @@ class ConversionRecipe:
         "at random; `grouped_average` of the token, without parameters; `domain`: linear, from what is special in the "
         "calibration text of each expert's domain",
     )
-    num_routers: int | None = _setting(None, "routers of a mixture (default: num_experts)", router=("mixture",))
+    num_routers: int | None = _setting(
+        None, "routers of a mixture (default: as many as experts, at most as many as heads)", router=("mixture",)
+    )
     heads_per_router: int | None = _setting(
         None, "attention heads joined into a router (default: as many as there are)", router=("mixture",)
     )
@@ -365,7 +366,9 @@ def _layered(before: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, A
     for setting in dataclasses.fields(ConversionRecipe):
         if setting.name not in before or setting.name in later:
             continue
-        is_replaced = any(name in later for name in REPLACED_BY.get(setting.name, ()))
+        is_replaced = any(
+            name in later and later[name] != before.get(name) for name in REPLACED_BY.get(setting.name, ())
+        )
         had_meaning = _without_meaning(setting, before) is None
         if is_replaced or (had_meaning and _without_meaning(setting, merged) is not None):
             del merged[setting.name]

@@ -231,7 +231,10 @@ class UpcycledQwenMoeConfig(Qwen3Config):
         num_competing = self.num_experts_per_tok
         if self.router_selection == "prototype_top_k":
             num_competing //= self.num_expert_groups
-        return self.norm_topk_prob and self.shared_expert_gating != "complement" and num_competing == 1
+        # In training any number of experts may choose a token.
+        is_chosen = SELECTIONS[self.router_selection].in_evaluation is not None
+        is_constant = self.norm_topk_prob and num_competing == 1
+        return is_constant and self.shared_expert_gating != "complement" and not is_chosen
 
     @property
     def moe_layers(self) -> list[int]:

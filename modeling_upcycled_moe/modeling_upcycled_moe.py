@@ -45,8 +45,9 @@ class UpcycledQwenMoeModelOutputWithPast(MoeModelOutputWithPast):
     """Outputs of [`UpcycledQwenMoeModel`]; those not listed here are Transformers' own.
 
     Args:
-        router_logits (`tuple[torch.FloatTensor]`): One tensor [T, E] for each MoE layer.
-        selected_experts (`tuple[torch.LongTensor]`): One tensor [T, K] for each MoE layer; E in an empty slot.
+        router_logits (`tuple[torch.FloatTensor]`): With `output_router_logits`, one [T, E] for each MoE layer.
+        selected_experts (`tuple[torch.LongTensor]`):
+            With `output_selected_experts`, one tensor [T, K] for each MoE layer; E in an empty slot.
     """
 
     selected_experts: tuple[torch.LongTensor, ...] | None = None
@@ -291,13 +292,19 @@ class UpcycledQwenMoePreTrainedModel(PreTrainedModel):
         Args:
             loads: how often each expert was selected in the step, by all processes [L, E].
         Raises:
-            ValueError: if the routers have no bias.
+            ValueError: if the routers have no bias, or there are loads of another number of layers.
         Source: Auxiliary-Loss-Free Load Balancing (arXiv 2408.15664), algorithm 1.
         """
         if not self.config.use_router_bias:
             raise ValueError("The routers have no bias to update; set use_router_bias=True.")
-        selectors = [module for module in self.modules() if isinstance(module, ExpertSelector)]
-        for selector, layer_loads in zip(selectors, loads, strict=True):
+        blocks = self._moe_blocks()
+        if len(blocks) != len(loads):
+            raise ValueError(f"loads are of {len(loads)} layers, but the model has {len(blocks)} MoE layers.")
+        for block, layer_loads in zip(blocks, loads, strict=True):
+            # Adapters around a router that train a copy of it pass attributes on to the copy; others hold the router.
+            selector = getattr(block.gate, "selector", None)
+            if selector is None:
+                selector = next(module for module in block.gate.modules() if isinstance(module, ExpertSelector))
             selector.update_bias(layer_loads)
 
     def _has_router_loss(self) -> bool:

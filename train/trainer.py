@@ -53,7 +53,7 @@ class UpcyclingTrainer(Trainer):
         self._reset_train_sums()
         self._set_node()
         if self.moe_layers and self.model.config.use_router_bias:
-            self._check_biases_can_be_loaded()
+            self._check_biases_can_be_sharded()
             self.add_callback(_RouterBiasCallback(self))
 
     def _reset_train_sums(self) -> None:
@@ -75,17 +75,32 @@ class UpcyclingTrainer(Trainer):
             return
         # `torchrun` and `accelerate launch` number the nodes so; a single process is on the first.
         self.node = int(os.environ.get("GROUP_RANK", "0"))
+        if self.args.world_size > 1 and "GROUP_WORLD_SIZE" not in os.environ:
+            raise SettingsError(
+                "router_locality_loss_coef needs to know the node of each process, which the launcher does not tell "
+                "(GROUP_RANK, GROUP_WORLD_SIZE); start with torchrun or accelerate launch."
+            )
         num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         if set(self.model.config.expert_nodes) != set(range(num_nodes)):
             raise SettingsError(
                 f"expert_nodes={self.model.config.expert_nodes} must name the nodes of this run, 0 to "
                 f"{num_nodes - 1}; give it for them, or router_locality_loss_coef=0."
             )
-        self.model.expert_node = self.node
+        for module in self.model.modules():
+            # Also under adapters, and not by its class: remote code has another one.
+            if hasattr(type(module), "expert_node"):
+                module.expert_node = self.node
 
-    def _check_biases_can_be_loaded(self) -> None:
+    def _check_biases_can_be_sharded(self) -> None:
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and plugin.fsdp_version == 2 and plugin.cpu_ram_efficient_loading:
+        if plugin is None:
+            return
+        if plugin.fsdp_version == 1:
+            raise SettingsError(
+                "use_router_bias=True: FSDP version 1 would convert the routers' biases to the type of the "
+                "computation, where small steps get lost; set fsdp_version to 2 in the accelerate configuration."
+            )
+        if plugin.cpu_ram_efficient_loading:
             raise SettingsError(
                 "use_router_bias=True: accelerate's fsdp_cpu_ram_efficient_loading takes the routers' biases for "
                 "sharded parameters and fails; set it to false in the accelerate configuration."

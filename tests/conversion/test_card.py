@@ -111,7 +111,7 @@ def test_a_parent_on_the_hub_is_linked(dense, linear_recipe):
         ),
         (
             {"num_zero_experts": 1, "num_constant_experts": 2},
-            "with 4 experts a layer and 3 without computation, 2 of them active for each token,",
+            "with 4 experts a layer and 3 without computation, at most 2 of them active for each token,",
             "2410.07348",
         ),
         ({"num_copy_experts": 3}, "| Free experts | 3 copy; routers choose among 7 |", "2410.07348"),

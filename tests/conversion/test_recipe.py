@@ -46,12 +46,12 @@ MIXTURE = {
             {"router_bias_update_rate"},
         ),
         ({"model": "a/b", "revision": "v1"}, {"model": "c/d"}, {"revision"}),
+        ({"model": "a/b", "revision": "v1"}, {"model": "a/b"}, set()),
         (
             {"mlp_only_layers": [0], "decoder_sparse_step": 2},
             {"moe_layers": [1]},
             {"mlp_only_layers", "decoder_sparse_step"},
         ),
-        ({"moe_layers": [1]}, {"decoder_sparse_step": 2}, {"moe_layers"}),
     ],
 )
 def test_what_a_flag_takes_the_meaning_from_goes_with_it(file, flags, dropped):
@@ -61,6 +61,11 @@ def test_what_a_flag_takes_the_meaning_from_goes_with_it(file, flags, dropped):
     if dropped and "revision" not in dropped:
         with pytest.raises(SettingsError):
             build_recipe(("file", file | flags))
+
+
+def test_a_list_of_layers_is_not_thinned_out_by_a_flag():
+    with pytest.raises(SettingsError, match="moe_layers says it all"):
+        build_recipe(("file", {"moe_layers": [1, 3]}), ("command line", {"mlp_only_layers": [3]}))
 
 
 def test_a_flag_hides_no_error_of_the_file():

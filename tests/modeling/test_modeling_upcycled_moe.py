@@ -330,9 +330,20 @@ def test_lora_on_attention_and_experts_trains_and_merges(make_moe, make_tokens, 
 def test_lora_can_train_the_routers_whole_beside_its_adapters(make_moe, make_tokens):
     """The adapted model holds each router twice, the frozen original and the trained copy."""
     lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"])
-    adapted = get_peft_model(make_moe(router_aux_loss_coef=0.3), lora)
+    model = make_moe(router_aux_loss_coef=0.3, use_router_bias=True)
+    adapted = get_peft_model(model, lora)
 
     _, trained = train_step_gradients(adapted, make_tokens())
+    loads = torch.tensor([[3, 0, 0, 0], [0, 3, 0, 0], [0, 0, 3, 0]])
+    adapted.update_router_biases(loads)
+
+    for layer, decoder_layer in enumerate(model.model.layers):
+        wrapper = decoder_layer.mlp.gate
+        moved = wrapper.modules_to_save["default"].selector.e_score_correction_bias
+        assert moved.argmin() == layer
+        assert not wrapper.original_module.selector.e_score_correction_bias.any()
+    with pytest.raises(ValueError, match="loads are of 2 layers, but the model has 3"):
+        adapted.update_router_biases(loads[:2])
 
     routers = [name for name, gradient in trained.items() if ".gate." in name and gradient.abs().max() > 0]
     assert len(routers) == 2 * 3  # the queries and keys of three layers

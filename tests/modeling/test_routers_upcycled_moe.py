@@ -337,6 +337,7 @@ NOT_CONSTANT = {
         "shared_expert_intermediate_size": 24,
         "shared_expert_gating": "complement",
     },
+    "one expert by choice": {"num_experts_per_tok": 1, "router_selection": "expert_choice"},
 }
 
 

@@ -5,13 +5,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from training_runs import ROOT, TRAIN_SCRIPT, command_line, run_script
 
+from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.train.train import main
+from upcycled_moe.train.trainer import UpcyclingTrainer
 
 
 pytestmark = pytest.mark.distributed
@@ -131,6 +134,14 @@ def test_loading_that_cannot_bring_biases_along_is_refused(settings, tmp_path):
     assert result.returncode != 0
     assert "set it to false in the accelerate configuration" in result.stderr
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_the_sharding_that_converts_biases_is_refused():
+    """FSDP version 1, which itself does not start on a CPU."""
+    plugin = SimpleNamespace(fsdp_version=1, cpu_ram_efficient_loading=False)
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    with pytest.raises(SettingsError, match="set fsdp_version to 2"):
+        UpcyclingTrainer._check_biases_can_be_sharded(trainer)
 
 
 def _load_as_remote_code(folder):
