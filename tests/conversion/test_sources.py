@@ -231,7 +231,7 @@ def test_provenance_and_card_name_every_source(dense, linear_recipe, tmp_path):
     assert provenance["source"]["sha256"] != other["sha256"]
     assert result.plan.to_dict()["expert_sources"] == [{"name": str(folders[1]), "revision": None}]
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert f"upcycled from the dense models `{folders[0].name}`, `{folders[1].name}`\nby" in card
+    assert f"upcycled from the dense models `{folders[0].name}`, `{folders[1].name}`\nwith routers by" in card
     assert "arxiv:2403.07816" in card
     assert "it does not compute what any of its parents computes: it joins 2 dense models" in card
 
