@@ -60,10 +60,10 @@ def run(options: argparse.Namespace) -> int:
         _check_not_dense(out)
     quiet_libraries()
     source, recipe = open_model(recipe, weights=not options.dry_run)
+    plan = build_plan(source, recipe) if options.verify or options.dry_run else None
     if options.verify:
-        _check_preserved(build_plan(source, recipe))
+        _check_preserved(plan)
     if options.dry_run:
-        plan = build_plan(source, recipe)
         check_output(plan, out, options.overwrite)
         print_plan(plan, out, options.json)
         return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..common.settings import SettingsError, load_yaml
-from ..conversion.recipe import ConversionRecipe, allowed_types, build_recipe
+from ..conversion.recipe import ConversionRecipe, allowed_types, build_recipe, packaged_recipes
 
 
 if TYPE_CHECKING:
@@ -107,15 +107,6 @@ def find_recipe(name: str) -> Path:
     similar = get_close_matches(stem, packaged, n=3)
     hint = f"did you mean {' or '.join(similar)}?" if similar else f"packaged recipes: {', '.join(packaged)}."
     raise SettingsError(f"--recipe {name!r}: no such file, and no recipe of that name comes with the package; {hint}")
-
-
-def packaged_recipes() -> dict[str, Path]:
-    """Return the recipes that come with the package by name, in alphabetical order."""
-    # Imported here: only a name needs it, and `--help` is to be fast.
-    from importlib.resources import files
-
-    folder = Path(str(files("upcycled_moe.conversion"))) / "recipes"
-    return {path.name.removesuffix(".yaml"): path for path in sorted(folder.glob("*.yaml"))}
 
 
 def _parsing(annotation: Any) -> dict[str, Any]:

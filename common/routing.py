@@ -20,16 +20,11 @@ from collections.abc import Sequence
 import torch
 
 from modeling_upcycled_moe import UpcycledQwenMoeConfig, expert_counts
-from modeling_upcycled_moe.selection_upcycled_moe import routing_log_probabilities
+from modeling_upcycled_moe.selection_upcycled_moe import routing_log_probabilities, sum_dtype
 
 
 # Tokens that are counted at a time, so that the memory for it does not grow with the batch.
 CHUNK_TOKENS = 8192
-
-
-def sum_dtype(device: torch.device | str) -> torch.dtype:
-    """Return the type for sums over tokens: float32 loses counts above 2^24, but MPS has nothing better."""
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 class RouterStatistics:

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from ..common.settings import SettingsError
 from .contents import Computed, Content, FileBytes, Part, joined, paired, row_blocks, scaled
-from .randomness import tensor_generator
+from .randomness import drawn_tensor, tensor_generator
 from .recipe import ConversionRecipe
 from .source import SourceTensor
 
@@ -150,11 +150,6 @@ def drawn_content(shape: tuple[int, ...], std: float, seed: int, name: str) -> C
     """Return the content of a matrix drawn from N(0, std), in blocks of rows."""
     blocks = ((begin, (end - begin, *shape[1:])) for begin, end in row_blocks(shape))
     return joined(*(Computed(block, drawn_tensor, (block, std, seed, f"{name}[{begin}]")) for begin, block in blocks))
-
-
-def drawn_tensor(shape: tuple[int, ...], std: float, seed: int, name: str) -> Tensor:
-    """Return a tensor drawn from N(0, std) by the generator of `name`."""
-    return torch.empty(shape).normal_(0.0, std, generator=tensor_generator(seed, name))
 
 
 @dataclass(frozen=True)

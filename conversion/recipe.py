@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from ..common.settings import SettingsError, check_keys
@@ -357,6 +358,11 @@ def build_recipe(*layers: tuple[str, Mapping[str, Any]]) -> ConversionRecipe:
         check_keys(settings, names, where)
         merged = _layered(merged, settings)
     return ConversionRecipe(**merged)
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Return the recipe files that come with the package by name, in alphabetical order."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 
 
 def _layered(before: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ..common.settings import SettingsError
 from .contents import Computed, FileBytes
-from .experts import drawn_tensor
 from .heads import expert_keys, head_split, query_rows
-from .randomness import tensor_generator
+from .randomness import drawn_tensor, tensor_generator
 from .recipe import ConversionRecipe
 from .source import DenseSource
 

@@ -9,7 +9,8 @@ from modeling_upcycled_moe import ROUTERS, Router, UpcycledQwenMoeConfig
 
 from .backbone import BACKBONES, backbone_method
 from .contents import Computed, Content, scaled
-from .experts import DenseFfn, drawn_tensor, fused_experts, output_factors
+from .experts import DenseFfn, fused_experts, output_factors
+from .randomness import drawn_tensor
 from .recipe import ConversionRecipe
 from .source import DTYPES, DenseSource, expected_shapes
 

@@ -193,17 +193,22 @@ class ExpertSelector(nn.Module):
         return self
 
 
+def sum_dtype(device: torch.device | str) -> torch.dtype:
+    """Return the type for sums over tokens: float32 loses counts above 2^24, but MPS has nothing better."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 def expert_counts(
     selected_experts: torch.Tensor, num_experts: int, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return how often each expert is selected [E], in float64 where the device has it.
+    """Return how often each expert is selected [E], in the type of `sum_dtype`.
 
     Args:
         selected_experts: index [T, K]; E in an empty slot.
         weights: 1 for tokens that count and 0 for padding [T]; all count by default.
     """
-    dtype = torch.float32 if selected_experts.device.type == "mps" else torch.float64
-    counted = torch.ones(selected_experts.shape[0], dtype=dtype, device=selected_experts.device)
+    device = selected_experts.device
+    counted = torch.ones(selected_experts.shape[0], dtype=sum_dtype(device), device=device)
     if weights is not None:
         counted = weights.to(counted)
     counts = counted.new_zeros(num_experts + 1)
@@ -218,4 +223,5 @@ __all__ = [
     "expert_weights",
     "log_scores",
     "routing_log_probabilities",
+    "sum_dtype",
 ]

@@ -17,8 +17,9 @@ from modeling_upcycled_moe.losses_upcycled_moe import (
     router_losses,
     token_weights,
 )
+from modeling_upcycled_moe.selection_upcycled_moe import sum_dtype
 
-from ..common.routing import RouterStatistics, sum_dtype
+from ..common.routing import RouterStatistics
 from ..common.settings import SettingsError
 from .data import IGNORED_LABEL, collate_blocks
 from .metrics import mean_over_layers, router_log
@@ -61,7 +62,8 @@ class UpcyclingTrainer(Trainer):
         # Tokens, targets, and the sums over targets of each router loss of each layer.
         num_losses = len(self.loss_names) * len(self.moe_layers)
         self._train_sums = torch.zeros(2 + num_losses, device=device, dtype=sum_dtype(device))
-        self._router_statistics = self._new_router_statistics()
+        num_experts = self.model.config.num_routed_experts if self.moe_layers else 0
+        self._router_statistics = RouterStatistics(len(self.moe_layers), num_experts, device)
         # How often each expert was selected before the step under way, of what the statistics count.
         self._counted_loads = self._router_statistics.selected.clone()
 
@@ -105,10 +107,6 @@ class UpcyclingTrainer(Trainer):
                 "use_router_bias=True: accelerate's fsdp_cpu_ram_efficient_loading takes the routers' biases for "
                 "sharded parameters and fails; set it to false in the accelerate configuration."
             )
-
-    def _new_router_statistics(self) -> RouterStatistics:
-        num_experts = self.model.config.num_routed_experts if self.moe_layers else 0
-        return RouterStatistics(len(self.moe_layers), num_experts, self.args.device)
 
     def update_router_biases(self) -> None:
         """Move the selection biases by the loads of the step that has just ended, over all processes."""

@@ -7,10 +7,9 @@ from dense_checkpoints import byte_level_tokenizer
 from test_plan import write_header_only
 from transformers import Qwen2Config
 
-from upcycled_moe.cli.recipe_options import packaged_recipes
 from upcycled_moe.common.settings import load_yaml
 from upcycled_moe.conversion.plan import build_plan, router_plans
-from upcycled_moe.conversion.recipe import ConversionRecipe, build_recipe
+from upcycled_moe.conversion.recipe import ConversionRecipe, build_recipe, packaged_recipes
 from upcycled_moe.conversion.source import open_source
 
 
