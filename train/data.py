@@ -36,6 +36,11 @@ def collate_blocks(blocks: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tenso
     return {"input_ids": input_ids, "labels": labels}
 
 
+def count_targets(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return how many tokens of a batch are predicted."""
+    return (inputs["labels"][..., 1:] != IGNORED_LABEL).sum()
+
+
 class ResumableBlocks(torch.utils.data.IterableDataset):
     """A stream of training blocks that a resumed run passes over without reading the text again.
 

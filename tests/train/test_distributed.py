@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from training_runs import ROOT, TRAIN_SCRIPT, command_line, run_script
 
 from upcycled_moe.common.settings import SettingsError
+from upcycled_moe.train.balancing import BalancingMixin
 from upcycled_moe.train.train import main
-from upcycled_moe.train.trainer import UpcyclingTrainer
 
 
 pytestmark = pytest.mark.distributed
@@ -141,7 +141,7 @@ def test_the_sharding_that_converts_biases_is_refused():
     plugin = SimpleNamespace(fsdp_version=1, cpu_ram_efficient_loading=False)
     trainer = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
     with pytest.raises(SettingsError, match="set fsdp_version to 2"):
-        UpcyclingTrainer._check_biases_can_be_sharded(trainer)
+        BalancingMixin._check_biases_can_be_sharded(trainer)
 
 
 def _load_as_remote_code(folder):
