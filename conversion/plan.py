@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from modeling_upcycled_moe import UpcycledQwenMoeConfig
 
+from ..common.flops import forward_flops_per_token
 from ..common.settings import SettingsError
 from .contents import num_computed_elements
 from .experts import expert_width
@@ -111,17 +112,11 @@ class ConversionPlan:
 
     @property
     def flops_per_token(self) -> int:
-        """Floating-point operations of one token's forward pass, two for each weight of a matrix that it meets.
+        """Floating-point operations of one token's forward pass, without the scores of attention.
 
-        Without the scores of attention, which grow with the context; the output head counts, the embedding does not.
+        The scores grow with the context; see `forward_flops_per_token`.
         """
-        config, router = self.config, router_module(self.config)
-        embedding = config.vocab_size * config.hidden_size
-        routers = len(config.moe_layers) * sum(parameter.numel() for parameter in router.parameters())
-        matrices = self.active_parameters - embedding - routers
-        if config.tie_word_embeddings and config.architectures[0].endswith("ForCausalLM"):
-            matrices += embedding
-        return 2 * matrices + len(config.moe_layers) * router.flops_per_token
+        return forward_flops_per_token(self.config)
 
     @property
     def preserves_function(self) -> str:

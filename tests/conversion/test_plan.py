@@ -114,10 +114,10 @@ def test_the_papers_model_has_the_papers_size(tmp_path, text_file):
     assert plan.total_parameters == pytest.approx(2.1e9, rel=0.01)
     assert plan.active_parameters == pytest.approx(0.85e9, rel=0.01)
     assert plan.num_bytes == 2 * plan.total_parameters
-    # Two for each weight that a token is multiplied with: all but the embedding, which is looked up.
-    # The eight routers are added up before a token meets them.
-    routers, as_one_router = 24 * (8 * 128 * 1024 + 8 * 128), 24 * (128 * 1024 + 8 * 128)
-    assert plan.flops_per_token == 2 * (plan.active_parameters - embedding - routers + as_one_router)
+    # Two for each weight of a matrix that a token is multiplied with: the embedding is looked up, norms and biases are
+    # vectors. The eight routers are added up before a token meets them.
+    as_one_router = 128 * 1024 + 8 * 128
+    assert plan.flops_per_token == 2 * (embedding + 24 * (4 * 1024 * 1024 + 2 * ffn + as_one_router))
     assert (plan.config.num_routers, plan.config.router_head_dim) == (8, 128)
     (initialization,) = {router.initialization for router in router_plans(plan)}
     assert initialization == "8 routers of 2 query heads, 8 mean keys"
