@@ -101,10 +101,24 @@ class RecipeArguments:
         metadata=_help("Shares of max_steps at which the learning rate steps down."),
     )
     lr_decay_factor: float = field(default=0.316, metadata=_help("What it is multiplied by at each of them."))
+    router_learning_rate: float | None = field(
+        default=None, metadata=_help("Peak learning rate of the routers, if not learning_rate.")
+    )
+    router_warmup_steps: float = field(
+        default=0.0,
+        metadata=_help("First steps, below 1 a share of max_steps, that train the routers only; the rest is held."),
+    )
     adam_beta1: float = field(default=0.9, metadata=_help("AdamW's beta1."))
     adam_beta2: float = field(default=0.95, metadata=_help("AdamW's beta2."))
     weight_decay: float = field(default=0.1, metadata=_help("Weight decay, on all weights but biases and norms."))
     max_grad_norm: float = field(default=1.0, metadata=_help("Clipping of the gradient's norm."))
+    max_skipped_steps: int = field(
+        default=10,
+        metadata=_help("Steps in a row without a finite gradient, which are left out, before the run fails."),
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata=_help("Hide micro-batches without a finite loss from the log; waits for each of them.")
+    )
     per_device_train_batch_size: int = field(default=1, metadata=_help("Blocks in a process's micro-batch."))
     per_device_eval_batch_size: int = field(default=1, metadata=_help("The same, in evaluation."))
     logging_steps: float = field(default=10, metadata=_help("Steps from one log to the next."))

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.train.arguments import Arguments, format_help, parse_arguments, resolved_settings
+from upcycled_moe.train.errors import RunError
 
 
 CONFIG_FILE = "training_config.yaml"
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
     except SettingsError as error:
         return _fail(2, str(error))
     # A full disk, a file that went away. Other exceptions are bugs, whose traceback is worth seeing.
-    except OSError as error:
+    except (RunError, OSError) as error:
         return _fail(1, str(error))
     except KeyboardInterrupt:
         return _fail(130, "interrupted; continue from the newest checkpoint with resume_from_checkpoint=last.")

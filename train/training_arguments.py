@@ -1,5 +1,6 @@
 """Transformers' TrainingArguments with this recipe's fields and defaults."""
 
+import math
 from dataclasses import dataclass
 
 from transformers import SchedulerType, TrainingArguments
@@ -37,6 +38,9 @@ class UpcyclingTrainingArguments(RecipeArguments, TrainingArguments):
             )
 
     def _check_schedule(self):
+        for name in ("router_learning_rate", "router_warmup_steps", "max_skipped_steps"):
+            if (getattr(self, name) or 0) < 0:
+                raise SettingsError(f"{name}={getattr(self, name):g} is negative; give 0 or more.")
         if self.lr_scheduler_type != SchedulerType.CONSTANT_WITH_WARMUP and self.lr_decay_points:
             raise SettingsError(
                 f"lr_scheduler_type={self.lr_scheduler_type.value!r} decays in its own way and takes no "
@@ -45,14 +49,26 @@ class UpcyclingTrainingArguments(RecipeArguments, TrainingArguments):
         outside = [point for point in self.lr_decay_points if not 0 <= point <= 1]
         if outside:
             raise SettingsError(f"lr_decay_points holds {outside}; they are shares of max_steps, from 0 to 1.")
-        num_warmup_steps = self.get_warmup_steps(self.max_steps)
-        first_decay_step = round(min(self.lr_decay_points, default=1.0) * self.max_steps)
-        if self.lr_decay_points and num_warmup_steps > first_decay_step:
+        if self.lr_scheduler_type != SchedulerType.CONSTANT_WITH_WARMUP and self.router_warmup_steps:
             raise SettingsError(
-                f"warmup_steps={self.warmup_steps:g} warms up for {num_warmup_steps} steps, but with max_steps="
-                f"{self.max_steps} the learning rate decays from step {first_decay_step} on; "
-                "give warmup_steps as a share below 1, or train for longer."
+                f"router_warmup_steps={self.router_warmup_steps:g} needs lr_scheduler_type='constant_with_warmup', not "
+                f"{self.lr_scheduler_type.value!r}."
             )
+        num_held_steps, num_warmup_steps = self.get_router_warmup_steps(), self.get_warmup_steps(self.max_steps)
+        last_step = num_held_steps + num_warmup_steps
+        first_decay_step = round(min(self.lr_decay_points, default=1.0) * self.max_steps)
+        if self.lr_decay_points and last_step > first_decay_step:
+            held = f"router_warmup_steps={self.router_warmup_steps:g} and " if num_held_steps else ""
+            raise SettingsError(
+                f"{held}warmup_steps={self.warmup_steps:g}: the warm-up takes {last_step} steps, but with max_steps="
+                f"{self.max_steps} the learning rate decays from step {first_decay_step} on; "
+                "give a share below 1, or train for longer."
+            )
+
+    def get_router_warmup_steps(self) -> int:
+        """Return the number of first steps that train the routers only."""
+        share = self.router_warmup_steps
+        return int(share) if share >= 1 else math.ceil(share * self.max_steps)
 
     def set_tokens_per_step(self, block_size: int) -> None:
         """Set `gradient_accumulation_steps` so that a step takes `tokens_per_step` tokens, if that is given.

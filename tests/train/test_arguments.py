@@ -57,7 +57,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
         (["eval_on_start=true"], "eval_on_start=True asks for evaluation, but eval_data is missing"),
         (
             ["warmup_steps=9"],
-            "warmup_steps=9 warms up for 9 steps, but with max_steps=10 the learning rate decays from",
+            "warmup_steps=9: the warm-up takes 9 steps, but with max_steps=10 the learning rate decays from",
         ),
         (["eval_strategy=sometimes", "eval_data=t"], "sometimes is not a valid IntervalStrategy"),
         (["lr_scheduler_type=cosine"], "set lr_decay_points=[]."),
