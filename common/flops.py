@@ -37,9 +37,7 @@ def forward_flops_per_token(config: Any, sequence_length: int = 0) -> int:
     At most: if a token takes experts without computation, or fewer experts than it may (`top_p`), it costs less.
     """
     layers = sum(
-        2 * attention_weights(config)
-        + _attention_flops(config, layer_idx, sequence_length)
-        + _ffn_flops(config, is_moe)
+        _attention_flops(config, layer_idx, sequence_length) + _ffn_flops(config, is_moe)
         for layer_idx, is_moe in enumerate(moe_pattern(config))
     )
     return layers + 2 * head_weights(config)
@@ -47,8 +45,12 @@ def forward_flops_per_token(config: Any, sequence_length: int = 0) -> int:
 
 def attention_weights(config: Any) -> int:
     """Return the weights of a layer's four attention matrices."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.hidden_size * head_dim * (config.num_attention_heads + config.num_key_value_heads)
+    return 2 * config.hidden_size * head_size(config) * (config.num_attention_heads + config.num_key_value_heads)
+
+
+def head_size(config: Any) -> int:
+    """Return the width of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def head_weights(config: Any) -> int:
@@ -74,7 +76,7 @@ def num_experts(config: Any) -> int:
 
 
 def expert_size(config: Any) -> int:
-    """Return the width of a routed expert."""
+    """Return the intermediate width of a routed expert."""
     return getattr(config, "moe_intermediate_size", None) or config.intermediate_size
 
 
@@ -83,9 +85,8 @@ def _attention_flops(config: Any, layer_idx: int, sequence_length: int) -> int:
     num_attended = sequence_length
     if layer_types and layer_types[layer_idx] == "sliding_attention":
         num_attended = min(sequence_length, config.sliding_window)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # One product for the scores, one for the sum of the values weighted by them.
-    scores = 2 * num_attended * config.num_attention_heads * head_dim
+    scores = 2 * num_attended * config.num_attention_heads * head_size(config)
     return 2 * (attention_weights(config) + scores)
 
 
