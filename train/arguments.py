@@ -114,7 +114,7 @@ class RecipeArguments:
     max_grad_norm: float = field(default=1.0, metadata=_help("Clipping of the gradient's norm."))
     max_skipped_steps: int = field(
         default=10,
-        metadata=_help("Steps in a row without a finite gradient, which are left out, before the run fails."),
+        metadata=_help("Steps in a row that may lack a finite gradient; each is left out, one more fails."),
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata=_help("Hide micro-batches without a finite loss from the log; waits for each of them.")

@@ -51,8 +51,8 @@ class UpcyclingTrainingArguments(RecipeArguments, TrainingArguments):
             raise SettingsError(f"lr_decay_points holds {outside}; they are shares of max_steps, from 0 to 1.")
         if self.lr_scheduler_type != SchedulerType.CONSTANT_WITH_WARMUP and self.router_warmup_steps:
             raise SettingsError(
-                f"router_warmup_steps={self.router_warmup_steps:g} needs lr_scheduler_type='constant_with_warmup', not "
-                f"{self.lr_scheduler_type.value!r}."
+                f"router_warmup_steps={self.router_warmup_steps:g} needs lr_scheduler_type='constant_with_warmup', "
+                f"not {self.lr_scheduler_type.value!r}."
             )
         num_held_steps, num_warmup_steps = self.get_router_warmup_steps(), self.get_warmup_steps(self.max_steps)
         last_step = num_held_steps + num_warmup_steps

@@ -59,6 +59,15 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
             ["warmup_steps=9"],
             "warmup_steps=9: the warm-up takes 9 steps, but with max_steps=10 the learning rate decays from",
         ),
+        (
+            ["router_warmup_steps=0.5", "warmup_steps=4"],
+            "router_warmup_steps=0.5 and warmup_steps=4: the warm-up takes 9",
+        ),
+        (
+            ["router_warmup_steps=2", "lr_scheduler_type=cosine", "lr_decay_points=[]"],
+            "router_warmup_steps=2 needs lr_scheduler_type='constant_with_warmup', not 'cosine'",
+        ),
+        (["router_learning_rate=-1"], "router_learning_rate=-1 is negative; give 0 or more."),
         (["eval_strategy=sometimes", "eval_data=t"], "sometimes is not a valid IntervalStrategy"),
         (["lr_scheduler_type=cosine"], "set lr_decay_points=[]."),
         (["lr_decay_points=[80]"], "lr_decay_points holds [80.0]"),
