@@ -139,6 +139,18 @@ class RecipeArguments:
     )
 
 
+@dataclass
+class EngineArguments:
+    """How processes share the model, beyond what the configuration of `accelerate launch` says."""
+
+    tensor_parallel_size: int = field(
+        default=1, metadata=_help("Processes that share each weight and a batch; others shard what is left (FSDP2).")
+    )
+    expert_parallel_size: int = field(
+        default=1, metadata=_help("Processes that share the experts, a multiple of tensor_parallel_size.")
+    )
+
+
 class Arguments(NamedTuple):
     """All settings of a run.
 
@@ -153,7 +165,7 @@ class Arguments(NamedTuple):
     notes: list[str]
 
 
-GROUPS = (ModelArguments, DataArguments, RecipeArguments)
+GROUPS = (ModelArguments, DataArguments, RecipeArguments, EngineArguments)
 
 USAGE = """\
 usage: accelerate launch train/train.py --config FILE.yaml [key=value | --key value | --key=value | --flag]...

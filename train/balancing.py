@@ -50,17 +50,10 @@ class BalancingMixin:
 
     def _check_biases_can_be_sharded(self) -> None:
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is None:
-            return
-        if plugin.fsdp_version == 1:
+        if plugin is not None and plugin.fsdp_version == 1:
             raise SettingsError(
                 "use_router_bias=True: FSDP version 1 would convert the routers' biases to the type of the "
                 "computation, where small steps get lost; set fsdp_version to 2 in the accelerate configuration."
-            )
-        if plugin.cpu_ram_efficient_loading:
-            raise SettingsError(
-                "use_router_bias=True: accelerate's fsdp_cpu_ram_efficient_loading takes the routers' biases for "
-                "sharded parameters and fails; set it to false in the accelerate configuration."
             )
 
     def update_router_biases(self) -> None:
@@ -68,7 +61,7 @@ class BalancingMixin:
         loads = self.take_step_loads()
         # A step that was skipped moves nothing.
         if not self.step_was_skipped:
-            loads = self.accelerator.reduce(loads, reduction="sum")
+            loads = self.sum_over_batches(loads)
             self.accelerator.unwrap_model(self.model).update_router_biases(loads)
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from ..common.settings import SettingsError
 from ..common.text import PackedBlocks, TextStream, open_text
 from .arguments import DataArguments
+from .engines import data_parallel_size
 
 
 POSITION_FILE = "data_position.json"
@@ -38,7 +39,9 @@ def collate_blocks(blocks: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tenso
 
 def count_targets(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return how many tokens of a batch are predicted."""
-    return (inputs["labels"][..., 1:] != IGNORED_LABEL).sum()
+    # Under context parallelism a process has a part of each sequence, whose targets were shifted before the cut.
+    targets = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][..., 1:]
+    return (targets != IGNORED_LABEL).sum()
 
 
 class ResumableBlocks(torch.utils.data.IterableDataset):
@@ -76,7 +79,8 @@ class SavePositionCallback(TrainerCallback):
         num_blocks = args.per_device_train_batch_size * args.world_size
         self.blocks.max_read_ahead = max(self.blocks.max_read_ahead, 4 * num_blocks)
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_checkpoint(self, args, state, folder: Path) -> None:
+        """Write the position into the checkpoint that is being made in `folder`."""
         if not args.should_save:
             return
         num_blocks = blocks_per_step(args)
@@ -89,7 +93,7 @@ class SavePositionCallback(TrainerCallback):
         # A worker's position is out of reach: a resumed run reads the text again.
         if not args.dataloader_num_workers:
             position |= self.blocks.state_dict(state.global_step * num_blocks)
-        _write_atomically(Path(args.output_dir, f"checkpoint-{state.global_step}", POSITION_FILE), position)
+        _write_atomically(folder / POSITION_FILE, position)
 
 
 def _write_atomically(path: Path, content: dict[str, Any]) -> None:
@@ -126,7 +130,7 @@ def read_position(checkpoint: str | Path) -> dict[str, Any] | None:
 
 def blocks_per_step(args: TrainingArguments) -> int:
     """Return the number of blocks in the global batch."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * data_parallel_size(args)
 
 
 def resume_position(checkpoint: str | Path, blocks: ResumableBlocks, args: TrainingArguments) -> None:

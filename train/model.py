@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
 
 import modeling_upcycled_moe  # noqa: F401 (registers the classes, so that no remote code is run)
 
@@ -44,9 +45,16 @@ def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
     )
 
 
-def load_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedModel:
+def load_model(
+    model_args: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    distributed_config: DistributedConfig | None = None,
+) -> PreTrainedModel:
     """Return the checkpoint's model, with the configuration that `model_args` asks for.
 
+    Args:
+        distributed_config: How to shard the model as it is loaded; not at all by default.
     Raises:
         SettingsError: if it cannot be loaded, has no such configuration, fewer tokens than `tokenizer`, or
             fewer positions than `block_size`.
@@ -87,6 +95,7 @@ def load_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, b
         AutoModelForCausalLM.from_pretrained,
         config=config,
         dtype=model_args.dtype,
+        distributed_config=distributed_config,
         **source,
         **implementations,
     )

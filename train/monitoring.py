@@ -117,7 +117,7 @@ class MonitoringMixin:
     def _train_log(self, loss: float) -> dict[str, float]:
         """Return the figures since the last log, over all processes, and begin anew."""
         sums = torch.cat([self._train_sums, self._router_statistics.flatten()])
-        reduced = self.accelerator.reduce(sums, reduction="sum")
+        reduced = self.sum_over_batches(sums)
         num_own = len(self._train_sums)
         num_tokens, num_targets, *losses = reduced[:num_own].tolist()
         statistics = self._router_statistics.unflatten(reduced[num_own:])

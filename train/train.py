@@ -67,10 +67,12 @@ def train(arguments: Arguments) -> None:
     from upcycled_moe.train.callbacks import shorten_console_log
     from upcycled_moe.train.checkpoints import checkpoint_to_resume
     from upcycled_moe.train.data import ResumableBlocks, SavePositionCallback, evaluation_sets, resume_position
+    from upcycled_moe.train.engines import distributed_config, lay_out_processes, start_of
     from upcycled_moe.train.model import carry_files, load_model, load_tokenizer, risks_of
     from upcycled_moe.train.trainer import UpcyclingTrainer
 
     model_args, data_args, training_args, *_ = arguments
+    lay_out_processes(training_args, data_args.block_size)
     training_args.set_tokens_per_step(data_args.block_size)
     checkpoint = checkpoint_to_resume(training_args)
     set_seed(training_args.seed)
@@ -84,7 +86,12 @@ def train(arguments: Arguments) -> None:
     eval_sets = evaluation_sets(data_args, training_args, tokenizer) if data_args.eval_data else None
 
     trainer = UpcyclingTrainer(
-        model=load_model(model_args, tokenizer, data_args.block_size),
+        model=load_model(
+            start_of(model_args, training_args, checkpoint),
+            tokenizer,
+            data_args.block_size,
+            distributed_config(training_args),
+        ),
         args=training_args,
         train_dataset=blocks,
         eval_dataset=eval_sets,

@@ -4,13 +4,16 @@ from transformers import Trainer
 
 from .balancing import BalancingMixin
 from .data import collate_blocks
+from .engines import EnginesMixin
 from .evaluation import EvaluationMixin
 from .monitoring import MonitoringMixin
 from .optimization import OptimizationMixin
 from .saving import SavingMixin
 
 
-class UpcyclingTrainer(OptimizationMixin, SavingMixin, BalancingMixin, MonitoringMixin, EvaluationMixin, Trainer):
+class UpcyclingTrainer(
+    OptimizationMixin, SavingMixin, BalancingMixin, MonitoringMixin, EvaluationMixin, EnginesMixin, Trainer
+):
     """[`Trainer`] for upcycled MoE checkpoints, and for dense ones, which have no router figures.
 
     Each part does one thing and says in its own file what: `optimization.py`, `saving.py`, `balancing.py`,

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from transformers import SchedulerType, TrainingArguments
 
 from ..common.settings import SettingsError
-from .arguments import RecipeArguments
+from .arguments import EngineArguments, RecipeArguments
+from .engines import data_parallel_size
 
 
 @dataclass
-class UpcyclingTrainingArguments(RecipeArguments, TrainingArguments):
-    """[`TrainingArguments`], where the fields of [`RecipeArguments`] are new or have another default.
+class UpcyclingTrainingArguments(RecipeArguments, EngineArguments, TrainingArguments):
+    """[`TrainingArguments`]; the fields of [`RecipeArguments`] and [`EngineArguments`] are new or default otherwise.
 
     Raises:
         SettingsError: for fields that exclude each other.
@@ -83,11 +84,12 @@ class UpcyclingTrainingArguments(RecipeArguments, TrainingArguments):
                 f"tokens_per_step={self.tokens_per_step} and gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps} say the same thing; give one of them."
             )
-        micro_batch_tokens = block_size * self.per_device_train_batch_size * self.world_size
+        num_batches = data_parallel_size(self)
+        micro_batch_tokens = block_size * self.per_device_train_batch_size * num_batches
         if self.tokens_per_step < 1 or self.tokens_per_step % micro_batch_tokens:
             raise SettingsError(
                 f"tokens_per_step={self.tokens_per_step} is not a multiple of {micro_batch_tokens} = block_size x "
                 f"per_device_train_batch_size x processes = {block_size} x {self.per_device_train_batch_size} x "
-                f"{self.world_size}."
+                f"{num_batches}."
             )
         self.gradient_accumulation_steps = self.tokens_per_step // micro_batch_tokens

@@ -1,0 +1,190 @@
+"""How a model is spread over processes: what the launcher offers, and what Transformers does as it loads.
+
+Whole copies (DDP), shards (FSDP2, hybrid sharding, ZeRO-3) and parts of a sequence (context parallelism) are settings
+of the launcher, in `configs/accelerate/`. Tensor and expert parallelism, which shard the model as it is loaded, are
+settings of a run: see [`EngineArguments`].
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import wraps
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+from transformers.distributed import DistributedConfig
+from transformers.trainer import SCHEDULER_NAME
+from transformers.utils import strtobool
+
+from ..common.settings import SettingsError
+from .arguments import EngineArguments, ModelArguments
+
+
+# The folder that fully sharded optimizers of Accelerate are in too, whose `.metadata` is written last.
+OPTIMIZER_FOLDER = "optimizer_0"
+
+
+def launcher_size(dimension: str) -> int:
+    """Return the size that the launcher gave a dimension of Accelerate's `parallelism_config`, such as `cp`."""
+    if not strtobool(os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false")):
+        return 1
+    return int(os.environ.get(f"PARALLELISM_CONFIG_{dimension.upper()}_SIZE", "1"))
+
+
+def data_parallel_size(args: TrainingArguments) -> int:
+    """Return how many processes, or groups of them, have batches of their own."""
+    return args.world_size // (args.tensor_parallel_size * launcher_size("cp"))
+
+
+def shards_at_load(args: EngineArguments) -> bool:
+    """Return whether Transformers shards the model as it is loaded."""
+    return args.tensor_parallel_size > 1 or args.expert_parallel_size > 1
+
+
+def lay_out_processes(args: TrainingArguments, block_size: int) -> None:
+    """Prepare `args` for the layout of processes that they and the launcher say.
+
+    Raises:
+        SettingsError: if the processes that were started, or `block_size`, do not suit it.
+    """
+    for name in ("tensor_parallel_size", "expert_parallel_size"):
+        if (size := getattr(args, name)) < 1:
+            raise SettingsError(f"{name}={size} must be at least 1, which is none.")
+    for dimension, way_out in (
+        ("tp", "leave it out and give tensor_parallel_size as a setting of the run"),
+        ("sp", "use parallelism_config_cp_size for long sequences"),
+    ):
+        if (size := launcher_size(dimension)) > 1:
+            raise SettingsError(f"parallelism_config_{dimension}_size={size} is not supported here; {way_out}.")
+    sizes = {dimension: launcher_size(dimension) for dimension in ("dp_replicate", "dp_shard", "cp")}
+    if (product := math.prod(sizes.values())) > 1 and product != args.world_size:
+        shown = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise SettingsError(
+            f"The accelerate configuration lays out {shown} = {product} processes, but {args.world_size} started; "
+            "change num_processes or the sizes of its parallelism_config."
+        )
+    # Each process takes a part from the front and one from the back, so that all have as many pairs to attend to.
+    if sizes["cp"] > 1 and block_size % (2 * sizes["cp"]):
+        raise SettingsError(
+            f"block_size={block_size} cannot be shared out by context parallelism over {sizes['cp']} processes; give "
+            f"a multiple of {2 * sizes['cp']}."
+        )
+    if shards_at_load(args):
+        _check_sharding_at_load(args)
+    if data_parallel_size(args) < args.world_size:
+        # Otherwise Accelerate's first process reads for all, and gives each one a batch of its own.
+        args.accelerator_config.dispatch_batches = False
+
+
+def _check_sharding_at_load(args: TrainingArguments) -> None:
+    tensor_size, expert_size = args.tensor_parallel_size, args.expert_parallel_size
+    given = f"tensor_parallel_size={tensor_size}, expert_parallel_size={expert_size}"
+    if "ep_size" not in {field.name for field in fields(DistributedConfig)}:
+        raise SettingsError(f"{given} needs a newer Transformers (5.23 has it): pip install -U transformers.")
+    if args.fsdp or any(
+        strtobool(os.environ.get(f"ACCELERATE_USE_{engine}", "false"))
+        for engine in ("FSDP", "DEEPSPEED", "PARALLELISM_CONFIG")
+    ):
+        raise SettingsError(
+            f"{given} shards the model over all processes by itself; start with torchrun, or with "
+            "train/configs/accelerate/expert_parallel.yaml, not with FSDP, DeepSpeed or a parallelism_config."
+        )
+    if args.world_size % tensor_size or args.world_size % expert_size:
+        raise SettingsError(f"{given} does not divide the number of processes, {args.world_size}; start a multiple.")
+    if expert_size > 1 and expert_size % tensor_size:
+        raise SettingsError(f"{given}: the experts' must be a multiple of the other, or 1.")
+
+
+def distributed_config(args: TrainingArguments) -> DistributedConfig | None:
+    """Return how Transformers shards the model as it is loaded, or None if the launcher decides.
+
+    Processes that tensor parallelism leaves over shard the dense weights and, where there are several copies of an
+    expert, the experts (FSDP2).
+    """
+    if not shards_at_load(args):
+        return None
+    return DistributedConfig(
+        tp_size=args.tensor_parallel_size,
+        ep_size=args.expert_parallel_size,
+        fsdp_size=args.world_size // args.tensor_parallel_size,
+    )
+
+
+def start_of(model_args: ModelArguments, args: TrainingArguments, checkpoint: str | None) -> ModelArguments:
+    """Return `model_args` with what to load: `checkpoint` itself where the model is sharded as it is loaded."""
+    if checkpoint is None or not shards_at_load(args):
+        return model_args
+    return replace(model_args, model_name_or_path=checkpoint, model_revision=None)
+
+
+class EnginesMixin:
+    """Counts a batch once that several processes share, and saves and resumes models that are sharded at load."""
+
+    def __init__(self, model=None, args=None, **kwargs):
+        # Transformers' Trainer refuses checkpoints of such a model with an optimizer, as it cannot load one.
+        save_only_model = args.save_only_model
+        args.save_only_model = save_only_model or shards_at_load(args)
+        super().__init__(model=model, args=args, **kwargs)
+        args.save_only_model = save_only_model
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.cpu_ram_efficient_loading:
+            self.accelerator.prepare = _keeping_buffers(self.accelerator.prepare)
+
+    def sum_over_batches(self, sums: torch.Tensor) -> torch.Tensor:
+        """Return `sums` added up over processes, those of a batch that several of them share once."""
+        return self.accelerator.reduce(sums, reduction="sum") / self.args.tensor_parallel_size
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not shards_at_load(self.args):
+            return super()._save_optimizer_and_scheduler(output_dir)
+        from transformers.distributed.checkpoint import save_optimizer_distributed
+
+        save_optimizer_distributed(self.model, self.optimizer.optimizer, str(Path(output_dir, OPTIMIZER_FOLDER)))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # The model was loaded from there, sharded: see `start_of`.
+        if not shards_at_load(self.args):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not shards_at_load(self.args):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        from transformers.distributed.checkpoint import load_optimizer_distributed
+
+        load_optimizer_distributed(self.model, self.optimizer.optimizer, str(Path(checkpoint, OPTIMIZER_FOLDER)))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+
+
+def _keeping_buffers(prepare: Callable) -> Callable:
+    """Return Accelerate's `prepare` such that buffers that are saved get their values from the first process.
+
+    With `fsdp_cpu_ram_efficient_loading` only that process has loaded the model. Accelerate 1.15 brings parameters to
+    the others, and takes such buffers for sharded parameters; those that are not saved it leaves as they are.
+    """
+
+    @wraps(prepare)
+    def prepare_with_buffers(*args, **kwargs):
+        models = [arg for arg in args if isinstance(arg, nn.Module)]
+        saved = [
+            (module, name)
+            for model in models
+            for module in model.modules()
+            for name in module._buffers.keys() - module._non_persistent_buffers_set
+        ]
+        for module, name in saved:
+            module._non_persistent_buffers_set.add(name)
+        prepared = prepare(*args, **kwargs)
+        for module, name in saved:
+            module._non_persistent_buffers_set.discard(name)
+            torch.distributed.broadcast(module._buffers[name], src=0)
+        return prepared
+
+    return prepare_with_buffers
