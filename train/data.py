@@ -16,8 +16,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from ..common.packing import PackedBlocks
 from ..common.settings import SettingsError
-from ..common.text import PackedBlocks, TextStream, open_text
+from ..common.text import TextStream, open_text
 from .arguments import DataArguments
 from .engines import data_parallel_size
 
@@ -88,7 +89,7 @@ class SavePositionCallback(TrainerCallback):
             "num_processes": args.world_size,
             "blocks_per_step": num_blocks,
             "block_size": self.blocks.block_size,
-            "num_texts": len(self.blocks.documents.streams),
+            "num_texts": len(self.blocks.source.documents.sources),
         }
         # A worker's position is out of reach: a resumed run reads the text again.
         if not args.dataloader_num_workers:
@@ -117,9 +118,8 @@ def read_position(checkpoint: str | Path) -> dict[str, Any] | None:
     try:
         position = json.loads(path.read_text(encoding="utf-8"))
         numbers = [position[name] for name in ("num_processes", "blocks_per_step", "block_size", "num_texts")]
-        if "batch" in position:
-            numbers += [position["num_blocks"], position["batch"]["num_blocks"], *position["batch"]["leftover"]]
-            position["batch"]["documents"]
+        if "source" in position:
+            numbers += [position["num_blocks"], position["offset"]]
         is_valid = all(isinstance(number, int) for number in numbers)
     except (ValueError, KeyError, TypeError):
         is_valid = False
@@ -149,7 +149,7 @@ def resume_position(checkpoint: str | Path, blocks: ResumableBlocks, args: Train
                 f"{checkpoint}: was saved with {name}={state[name]}, this run has {value}; resume with the same "
                 "global batch (per_device_train_batch_size x gradient_accumulation_steps x processes) and block_size."
             )
-    num_texts = len(blocks.blocks.documents.streams)
+    num_texts = len(blocks.blocks.source.documents.sources)
     if state["num_texts"] != num_texts:
         raise SettingsError(
             f"{checkpoint}: was saved with {state['num_texts']} files or datasets in train_data, this run has "
@@ -161,8 +161,8 @@ def resume_position(checkpoint: str | Path, blocks: ResumableBlocks, args: Train
             f"has {args.world_size}; noise and dropout will be others.",
             file=sys.stderr,
         )
-    if "batch" in state:
-        blocks.resume(state)
+    if "source" in state:
+        blocks.resume({name: state[name] for name in ("num_blocks", "source", "offset")})
 
 
 def evaluation_sets(
@@ -203,7 +203,9 @@ def blocks_by_domain(
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     blocks: dict[str, list[list[int]]] = {}
     leftovers: dict[str, list[int]] = {}
-    texts = deque(zip(map(iter, documents.streams), documents.domains, strict=True))
+    texts = deque(
+        (iter(source.documents), None if source.has_domain_column else source.domain) for source in documents.sources
+    )
     while texts:
         text, domain = texts.popleft()
         if domain in blocks and len(blocks[domain]) == max_blocks:

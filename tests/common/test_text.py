@@ -124,7 +124,7 @@ def test_repeating_carries_what_is_left_over_into_the_next_pass(two_files):
 def test_packing_resumes_at_any_block_however_far_the_reader_is_ahead(two_files, documents_per_batch, read_ahead):
     def packed():
         blocks = pack_blocks(open_text(two_files), _Characters(), 2, repeat=True)
-        blocks.DOCUMENTS_PER_BATCH = documents_per_batch
+        blocks.source.DOCUMENTS_PER_BATCH = documents_per_batch
         return blocks
 
     expected = [block for _, block in zip(range(40), packed(), strict=False)]
@@ -141,17 +141,17 @@ def test_packing_resumes_at_any_block_however_far_the_reader_is_ahead(two_files,
 
 
 def test_any_block_within_the_read_ahead_can_be_saved_however_short_the_documents(tmp_path):
-    """Here 4000 batches of one document lie between the position and the reader."""
+    """Here 4000 documents lie between the position and the reader."""
     file = _write_jsonl(tmp_path / "short.jsonl", [f"{i:03}" for i in range(1000)])
 
     def packed():
         blocks = pack_blocks(open_text([file]), _Characters(), 40, repeat=True)
-        blocks.DOCUMENTS_PER_BATCH, blocks.max_read_ahead = 1, 400
+        blocks.source.DOCUMENTS_PER_BATCH, blocks.max_read_ahead = 1, 400
         return blocks
 
     blocks = packed()
-    read = [block for block, _ in zip(blocks, range(450), strict=False)]
-    assert len(blocks._history) <= 402
+    read = [block for _, block in zip(range(450), blocks, strict=False)]
+    assert len(blocks._history) <= 401
     resumed = packed()
     resumed.load_state_dict(json.loads(json.dumps(blocks.state_dict(50))))
     assert next(iter(resumed)) == read[50]

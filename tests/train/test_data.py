@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from upcycled_moe.common.text import TextStream, open_text, pack_blocks
+from upcycled_moe.common.text import TextSource, TextStream, open_text, pack_blocks
 from upcycled_moe.train.data import blocks_by_domain
 
 
@@ -36,7 +36,9 @@ def test_each_domain_is_packed_as_if_alone(text_folder, tokenizer, max_blocks):
 
 def test_a_text_of_one_domain_is_read_no_further_than_it_takes(tokenizer):
     long, short = _documents("long", ["some words " * 20] * 1000), _documents("short", ["a few words"] * 5)
-    found = blocks_by_domain(TextStream([long, short], ["long", "short"]), tokenizer, 8, 2)
+    found = blocks_by_domain(
+        TextStream([TextSource("1", long, "long"), TextSource("2", short, "short")]), tokenizer, 8, 2
+    )
 
     assert [len(found[domain]) for domain in ("long", "short")] == [2, 2]
     assert long.num_read == 1
