@@ -15,6 +15,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations import use_experts_implementation
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -31,6 +32,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdyn
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .chunked_loss_upcycled_moe import chunked_causal_lm_loss
 from .configuration_upcycled_moe import UpcycledQwenMoeConfig
 from .losses_upcycled_moe import ROUTER_LOSSES, router_losses
 from .routers_upcycled_moe import ROUTERS, LinearRouter, Router
@@ -419,6 +421,9 @@ class UpcycledQwenMoeForCausalLM(UpcycledQwenMoePreTrainedModel, GenerationMixin
     _pp_plan = Qwen3MoeForCausalLM._pp_plan
     _fsdp_plan = Qwen3MoeForCausalLM._fsdp_plan
 
+    # What `forward` takes for its argument of this name where it is not given; a trainer sets it.
+    loss_chunk_tokens: int | None = None
+
     def __init__(self, config: UpcycledQwenMoeConfig):
         super().__init__(config)
         self.model = UpcycledQwenMoeModel(config)
@@ -438,14 +443,26 @@ class UpcycledQwenMoeForCausalLM(UpcycledQwenMoePreTrainedModel, GenerationMixin
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        loss_chunk_tokens: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UpcycledQwenMoeCausalLMOutputWithPast:
         """Return the logits [B, S, vocab_size] and, with `labels` [B, S], the language-modeling loss.
 
         In training mode, or with `output_router_logits`, the router losses are added to it.
+
+        Args:
+            loss_chunk_tokens: with `labels`, return no logits, and compute the loss from those of as many tokens at a
+                time; the model's attribute of this name by default, 0 for all at once.
+        Raises:
+            ValueError: if `loss_chunk_tokens` is negative, or the model has another loss function than its own.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
+        if loss_chunk_tokens is None:
+            loss_chunk_tokens = self.loss_chunk_tokens or 0
+        in_chunks = labels is not None and loss_chunk_tokens != 0
+        if in_chunks:
+            self._check_loss_in_chunks(loss_chunk_tokens, logits_to_keep)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -456,16 +473,19 @@ class UpcycledQwenMoeForCausalLM(UpcycledQwenMoePreTrainedModel, GenerationMixin
             **self._router_outputs(labels, output_router_logits),
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        hidden_states, logits, loss = outputs.last_hidden_state, None, None
+        if in_chunks:
+            loss = chunked_causal_lm_loss(self.lm_head, hidden_states, labels, loss_chunk_tokens, **kwargs)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept, :])
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
 
         losses = self._router_losses(outputs, attention_mask)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
-            if losses:
-                losses["router_loss"] = losses["router_loss"] * _share_of_batch(labels, **kwargs)
-                loss = loss + losses["router_loss"].to(loss.device)
+        if loss is not None and losses:
+            losses["router_loss"] = losses["router_loss"] * _share_of_batch(labels, **kwargs)
+            loss = loss + losses["router_loss"].to(loss.device)
         return UpcycledQwenMoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -476,6 +496,14 @@ class UpcycledQwenMoeForCausalLM(UpcycledQwenMoePreTrainedModel, GenerationMixin
             selected_experts=outputs.selected_experts if output_router_logits else None,
             **losses,
         )
+
+    def _check_loss_in_chunks(self, loss_chunk_tokens: int, logits_to_keep: int | torch.Tensor) -> None:
+        if loss_chunk_tokens < 0:
+            raise ValueError(f"loss_chunk_tokens={loss_chunk_tokens} is negative; 0 computes all logits at once.")
+        if not isinstance(logits_to_keep, int) or logits_to_keep != 0:
+            raise ValueError("loss_chunk_tokens returns no logits; leave logits_to_keep or loss_chunk_tokens out.")
+        if self.loss_function is not ForCausalLMLoss:
+            raise ValueError("loss_chunk_tokens knows no other loss_function than the model's own; leave it out.")
 
 
 def _share_of_batch(
