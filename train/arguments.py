@@ -39,6 +39,10 @@ class ModelArguments:
         default=None, metadata=_help("sdpa, flash_attention_2, flex_attention, eager, ...")
     )
     experts_implementation: str | None = field(default=None, metadata=_help("grouped_mm, batched_mm, eager, ..."))
+    loss_chunk_tokens: int | None = field(
+        default=None,
+        metadata=_help("Tokens whose logits are held at a time: 1024 for upcycled models; 0 holds those of all."),
+    )
     router_aux_loss_coef: float | None = field(
         default=None, metadata=_help("Weight of the load-balancing loss, if not the model's.")
     )
