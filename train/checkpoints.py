@@ -10,10 +10,16 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import strtobool
+from transformers.utils import CONFIG_NAME, strtobool
 
 from ..common.settings import SettingsError
 from .data import read_position
+from .errors import RunEnded
+from .staging import finish_moving_model
+
+
+# The resolved settings of a run, which `--config` takes.
+CONFIG_FILE = "training_config.yaml"
 
 
 def checkpoint_folders(output_dir: str | Path) -> list[Path]:
@@ -25,19 +31,26 @@ def checkpoint_folders(output_dir: str | Path) -> list[Path]:
 def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     """Return the checkpoint that `resume_from_checkpoint` means, or None for a fresh start.
 
-    `last` and `auto` pass over checkpoints whose saving was cut short, and say so.
+    `last` and `auto` pass over checkpoints whose saving was cut short, and say so. One of the last step is resumed
+    from only if the final model is missing, to save it.
 
     Raises:
+        RunEnded: if `auto` finds the final model.
         SettingsError: if there is none, the one that is named is not whole, nothing is left to train, or a fresh
             start would mix its checkpoints with those of another run.
     """
     wanted, output_dir = training_args.resume_from_checkpoint, training_args.output_dir
     folders = checkpoint_folders(output_dir)
     is_sharded = _is_sharded(training_args)
+    with training_args.main_process_first(local=training_args.save_on_each_node):
+        if training_args.should_save:
+            finish_moving_model(Path(output_dir))
+    if wanted == "auto" and (step := _final_step(Path(output_dir))) is not None and step >= training_args.max_steps:
+        raise RunEnded(0, f"{output_dir} holds the final model of step {step}; nothing is left to train.")
     if wanted in ("last", "auto"):
         for folder in reversed(folders):
             if (fault := fault_of(folder, is_sharded)) is None:
-                return _unfinished(folder, training_args)
+                return _worth_resuming(folder, training_args)
             if training_args.process_index == 0:
                 print(f"train.py: warning: {folder} is passed over: {fault}.", file=sys.stderr)
         if wanted == "auto":
@@ -49,7 +62,7 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     if wanted is not None:
         if (fault := fault_of(Path(wanted), is_sharded)) is not None:
             raise SettingsError(f"resume_from_checkpoint={wanted}: not a complete checkpoint: {fault}.")
-        return _unfinished(Path(wanted), training_args)
+        return _worth_resuming(Path(wanted), training_args)
     # The Trainer writes its state last: without it a folder is what an interrupted first save left.
     saved = [folder for folder in folders if (folder / TRAINER_STATE_NAME).is_file()]
     if saved:
@@ -60,14 +73,30 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     return None
 
 
-def _unfinished(folder: Path, training_args: TrainingArguments) -> str:
-    step = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
-    if step >= training_args.max_steps:
+def _worth_resuming(folder: Path, training_args: TrainingArguments) -> str:
+    step = _saved_step(folder)
+    is_final = _final_step(Path(training_args.output_dir)) is not None
+    if step > training_args.max_steps or (step == training_args.max_steps and is_final):
         raise SettingsError(
             f"{folder} is at step {step} of max_steps={training_args.max_steps}, so nothing is left to train; raise "
             "max_steps, or take the model from that folder."
         )
     return str(folder)
+
+
+def _saved_step(folder: Path) -> int:
+    _check_trainer_state(folder / TRAINER_STATE_NAME)
+    return json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+
+
+def _final_step(output_dir: Path) -> int | None:
+    """Return the step of the final model in `output_dir`, or None if it is not there or not whole."""
+    try:
+        _check_exists(output_dir / CONFIG_NAME)
+        _check_weights(output_dir)
+        return _saved_step(output_dir)
+    except _FaultError:
+        return None
 
 
 def _is_sharded(training_args: TrainingArguments) -> bool:
@@ -92,7 +121,11 @@ def fault_of(folder: Path, is_sharded: bool) -> str | None:
             _check_sharded(folder, "optimizer")
         else:
             _check_weights(folder)
-            _check_archive(folder / "optimizer.pt")
+            # Models that are sharded as they are loaded save whole weights and a sharded optimizer.
+            if (folder / "optimizer_0").is_dir():
+                _check_sharded(folder, "optimizer")
+            else:
+                _check_archive(folder / "optimizer.pt")
         _check_archive(folder / "scheduler.pt")
         for name in _random_state_files(folder):
             _check_archive(folder / name)

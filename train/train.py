@@ -26,10 +26,7 @@ from pathlib import Path
 
 from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.train.arguments import Arguments, format_help, parse_arguments, resolved_settings
-from upcycled_moe.train.errors import RunError
-
-
-CONFIG_FILE = "training_config.yaml"
+from upcycled_moe.train.errors import RunEnded, RunError
 
 
 def main(argv: list[str]) -> int:
@@ -44,6 +41,8 @@ def main(argv: list[str]) -> int:
     # A full disk, a file that went away. Other exceptions are bugs, whose traceback is worth seeing.
     except (RunError, OSError) as error:
         return _fail(1, str(error))
+    except RunEnded as end:
+        return _fail(end.status, str(end))
     except KeyboardInterrupt:
         return _fail(130, "interrupted; continue from the newest checkpoint with resume_from_checkpoint=last.")
     return 0
@@ -63,12 +62,18 @@ def train(arguments: Arguments) -> None:
     """
     from transformers import set_seed
 
-    from upcycled_moe.common.text import open_text, pack_blocks
     from upcycled_moe.train.callbacks import shorten_console_log
     from upcycled_moe.train.checkpoints import checkpoint_to_resume
-    from upcycled_moe.train.data import ResumableBlocks, SavePositionCallback, evaluation_sets, resume_position
+    from upcycled_moe.train.data import (
+        ResumableBlocks,
+        SavePositionCallback,
+        collator_for,
+        evaluation_sets,
+        resume_position,
+    )
     from upcycled_moe.train.engines import distributed_config, lay_out_processes, start_of
     from upcycled_moe.train.model import carry_files, load_model, load_tokenizer, risks_of
+    from upcycled_moe.train.sources import training_blocks
     from upcycled_moe.train.trainer import UpcyclingTrainer
 
     model_args, data_args, training_args, *_ = arguments
@@ -78,38 +83,39 @@ def train(arguments: Arguments) -> None:
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(model_args)
-    documents = open_text(data_args.train_data, data_args.train_split, data_args.text_column)
-    packed = pack_blocks(documents, tokenizer, data_args.block_size, repeat=True)
+    order_seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    packed = training_blocks(data_args, tokenizer, order_seed)
     blocks = ResumableBlocks(packed)
     if checkpoint is not None:
         resume_position(checkpoint, blocks, training_args)
     eval_sets = evaluation_sets(data_args, training_args, tokenizer) if data_args.eval_data else None
 
+    model = load_model(
+        start_of(model_args, training_args, checkpoint),
+        tokenizer,
+        data_args.block_size,
+        distributed_config(training_args),
+    )
     trainer = UpcyclingTrainer(
-        model=load_model(
-            start_of(model_args, training_args, checkpoint),
-            tokenizer,
-            data_args.block_size,
-            distributed_config(training_args),
-        ),
+        model=model,
         args=training_args,
         train_dataset=blocks,
         eval_dataset=eval_sets,
+        data_collator=collator_for(model.config._attn_implementation),
         processing_class=tokenizer,
         callbacks=[SavePositionCallback(packed)],
     )
     shorten_console_log(trainer)
     if training_args.should_save:
         _announce(arguments, checkpoint)
+        carry_files(model_args, training_args.output_dir)
         for risk in risks_of(trainer.model.config):
             print(f"train.py: warning: {risk}", file=sys.stderr)
 
     result = trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() if eval_sets else {}
     trainer.save_model()
-    trainer.save_state()
     if training_args.should_save:
-        carry_files(model_args, training_args.output_dir)
         perplexity = f", eval perplexity {metrics['eval_perplexity']:.3f}" if metrics else ""
         print(f"{training_args.output_dir}: {result.global_step} steps, loss {result.training_loss:.4f}{perplexity}")
     trainer.accelerator.end_training()
@@ -119,6 +125,7 @@ def _announce(arguments: Arguments, checkpoint: str | None) -> None:
     """Write the resolved settings, and say what begins: the number of processes is easily another than was meant."""
     import yaml
 
+    from upcycled_moe.train.checkpoints import CONFIG_FILE
     from upcycled_moe.train.data import blocks_per_step
 
     _, data_args, training_args, *_ = arguments

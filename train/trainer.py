@@ -24,6 +24,7 @@ class UpcyclingTrainer(
         super().__init__(*args, data_collator=kwargs.pop("data_collator", collate_blocks), **kwargs)
         # Dense models have no MoE layers. The class is not asked for: remote code would be another one.
         self.moe_layers = list(getattr(self.model.config, "moe_layers", []))
+        self.set_up_saving()
         self.set_up_optimization()
         self.set_up_monitoring()
         self.set_up_balancing()
