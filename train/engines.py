@@ -155,11 +155,20 @@ class EnginesMixin:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not shards_at_load(self.args):
+        if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        folder = Path(checkpoint, OPTIMIZER_FOLDER)
+        if folder.is_dir() != shards_at_load(self.args):
+            raise SettingsError(
+                f"{checkpoint} was saved {'with' if folder.is_dir() else 'without'} tensor_parallel_size or "
+                "expert_parallel_size above 1, and its optimizer is only resumed in the same way; change them, or "
+                "start a new run from it with model_name_or_path."
+            )
+        if not shards_at_load(self.args):
             return super()._load_optimizer_and_scheduler(checkpoint)
         from transformers.distributed.checkpoint import load_optimizer_distributed
 
-        load_optimizer_distributed(self.model, self.optimizer.optimizer, str(Path(checkpoint, OPTIMIZER_FOLDER)))
+        load_optimizer_distributed(self.model, self.optimizer.optimizer, str(folder))
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
 
