@@ -79,7 +79,7 @@ class TextStream(torch.utils.data.IterableDataset):
         iterators = [iter(source.documents) for source in self.sources]
         while not all(state["is_exhausted"]):
             turn = state["turn"]
-            document = None if state["is_exhausted"][turn] else _next(iterators[turn], self.sources[turn].name)
+            document = None if state["is_exhausted"][turn] else next_document(iterators[turn], self.sources[turn].name)
             # A new one each time: whoever was given the last one keeps it.
             state = {
                 "turn": (turn + 1) % len(self.sources),
@@ -93,7 +93,13 @@ class TextStream(torch.utils.data.IterableDataset):
                 yield document
 
 
-def _next(documents: Iterator[dict[str, str]], name: str) -> dict[str, str] | None:
+def next_document(documents: Iterator[dict[str, str]], name: str) -> dict[str, str] | None:
+    """Return the next of the `documents` of the source `name`, or None at their end.
+
+    Raises:
+        SettingsError: if it cannot be parsed.
+        OSError: if it cannot be read.
+    """
     try:
         return next(documents, None)
     except OSError as error:

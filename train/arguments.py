@@ -78,6 +78,22 @@ class DataArguments:
     eval_split: str = field(default="validation", metadata=_help("The same, for eval_data."))
     text_column: str = field(default="text", metadata=_help("Column that holds the text."))
     block_size: int = field(default=4096, metadata=_help("Tokens in a training sequence; documents are packed."))
+    document_mask: bool = field(
+        default=True, metadata=_help("Tokens attend to their own document only, and predict no token of the next.")
+    )
+    domain_weights: dict[str, float] | None = field(
+        default=None, metadata=_help("Shares of the tokens of each domain, as {math: 2, code: 1}; 0 leaves one out.")
+    )
+    streaming: bool = field(
+        default=True, metadata=_help("Read text as it comes; false tokenizes all of it once, into the cache.")
+    )
+    shuffle_documents: bool | None = field(
+        default=None,
+        metadata=_help("With streaming=false: in an order by seed, another in each pass; by default true."),
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata=_help("With streaming=false: processes to tokenize in; by default one with threads.")
+    )
     max_eval_blocks: int | None = field(default=64, metadata=_help("Blocks of each domain to evaluate; null for all."))
 
 
@@ -155,6 +171,28 @@ class EngineArguments:
     )
 
 
+@dataclass
+class MonitoringArguments:
+    """What a run shows of itself beyond its log."""
+
+    router_probe_tokens: int = field(
+        default=2048, metadata=_help("Tokens of a fixed text whose experts are compared over the run; 0 for none.")
+    )
+    router_probe_steps: int | None = field(
+        default=None,
+        metadata=_help(
+            "Steps between these comparisons and pictures of the loads; 10 x logging_steps by default, 0 for neither."
+        ),
+    )
+    router_collapse_threshold: float = field(
+        default=0.3,
+        metadata=_help("Warn of layers that use their experts less evenly: 1 alike, 0 the same for all; 0 never."),
+    )
+    peak_flops_per_device: float | None = field(
+        default=None, metadata=_help("FLOP/s that a device can do at best, for mfu, if the GPU is not a known one.")
+    )
+
+
 class Arguments(NamedTuple):
     """All settings of a run.
 
@@ -169,7 +207,7 @@ class Arguments(NamedTuple):
     notes: list[str]
 
 
-GROUPS = (ModelArguments, DataArguments, RecipeArguments, EngineArguments)
+GROUPS = (ModelArguments, DataArguments, RecipeArguments, EngineArguments, MonitoringArguments)
 
 USAGE = """\
 usage: accelerate launch train/train.py --config FILE.yaml [key=value | --key value | --key=value | --flag]...
@@ -333,6 +371,8 @@ def _checked(name: str, value: Any, expected: Any) -> Any:
         return [value]
     if isinstance(value, list) and expected == list[float]:
         return [_checked(name, item, float) for item in value]
+    if isinstance(value, dict) and dict[str, float] in allowed:
+        return {key: _checked(f"{name}.{key}", weight, float) for key, weight in value.items()}
     # YAML reads the `no` of save_strategy=no, report_to=no and the like as false.
     if value is False and str in allowed and bool not in allowed:
         return "no"

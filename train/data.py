@@ -6,9 +6,9 @@ Dimensions: B blocks in a batch, S block size.
 import json
 import os
 import sys
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import repeat
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +16,59 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from ..common.packing import PackedBlocks
+from ..common.packing import BlockPacker, PackedBlocks, tokenize
 from ..common.settings import SettingsError
-from ..common.text import TextStream, open_text
+from ..common.text import TextStream, next_document, open_text
 from .arguments import DataArguments
 from .engines import data_parallel_size
 
 
 POSITION_FILE = "data_position.json"
 IGNORED_LABEL = -100
+# What the order of the text depends on, in words.
+ORDER_NAMES = {
+    "num_texts": "files or datasets in train_data",
+    "num_documents": "documents in train_data",
+    "shuffle_seed": "as the seed of shuffle_documents",
+    "streaming": "as streaming",
+    "domain_weights": "as domain_weights",
+}
 
 
 def collate_blocks(blocks: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Return `input_ids` and `labels` [B, S].
+    """Return `input_ids`, `labels` and, where blocks say where documents begin, `position_ids` [B, S].
 
-    Every token is a target, unlike with Transformers' own collator, which ignores the end-of-text tokens of models
-    that pad with them.
+    Every token but the first of a document is a target, unlike with Transformers' own collator, which ignores the
+    end-of-text tokens of models that pad with them.
     """
     input_ids = torch.tensor([block["input_ids"] for block in blocks])
     labels = torch.tensor([block["labels"] for block in blocks]) if "labels" in blocks[0] else input_ids.clone()
-    return {"input_ids": input_ids, "labels": labels}
+    batch = {"input_ids": input_ids, "labels": labels}
+    if "position_ids" in blocks[0]:
+        # Without an attention mask, Transformers keeps apart what positions that start anew tell apart.
+        batch["position_ids"] = torch.tensor([block["position_ids"] for block in blocks])
+        labels[batch["position_ids"] == 0] = IGNORED_LABEL
+    return batch
+
+
+def collate_blocks_for_flash_attention(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what [`collate_blocks`] does, and the bounds of documents in the batch as flash attention takes them.
+
+    From positions alone Transformers finds them in batches of one block only, anew in each layer.
+    """
+    batch = collate_blocks(blocks)
+    if "position_ids" in batch:
+        starts = (batch["position_ids"].flatten() == 0).nonzero().flatten()
+        bounds = torch.cat([starts, torch.tensor([batch["position_ids"].numel()])])
+        longest = int(bounds.diff().max())
+        bounds = bounds.to(torch.int32)
+        batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    return batch
+
+
+def collator_for(attn_implementation: str | None) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
+    """Return what makes batches of blocks for a model with that attention."""
+    return collate_blocks_for_flash_attention if "flash" in (attn_implementation or "") else collate_blocks
 
 
 def count_targets(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -89,7 +122,7 @@ class SavePositionCallback(TrainerCallback):
             "num_processes": args.world_size,
             "blocks_per_step": num_blocks,
             "block_size": self.blocks.block_size,
-            "num_texts": len(self.blocks.source.documents.sources),
+            "order": self.blocks.source.describe(),
         }
         # A worker's position is out of reach: a resumed run reads the text again.
         if not args.dataloader_num_workers:
@@ -117,7 +150,10 @@ def read_position(checkpoint: str | Path) -> dict[str, Any] | None:
         return None
     try:
         position = json.loads(path.read_text(encoding="utf-8"))
-        numbers = [position[name] for name in ("num_processes", "blocks_per_step", "block_size", "num_texts")]
+        numbers = [position[name] for name in ("num_processes", "blocks_per_step", "block_size")]
+        if "order" not in position:
+            # As it was written when there was one order only.
+            position["order"] = {"num_texts": position["num_texts"]}
         if "source" in position:
             numbers += [position["num_blocks"], position["offset"]]
         is_valid = all(isinstance(number, int) for number in numbers)
@@ -149,12 +185,7 @@ def resume_position(checkpoint: str | Path, blocks: ResumableBlocks, args: Train
                 f"{checkpoint}: was saved with {name}={state[name]}, this run has {value}; resume with the same "
                 "global batch (per_device_train_batch_size x gradient_accumulation_steps x processes) and block_size."
             )
-    num_texts = len(blocks.blocks.source.documents.sources)
-    if state["num_texts"] != num_texts:
-        raise SettingsError(
-            f"{checkpoint}: was saved with {state['num_texts']} files or datasets in train_data, this run has "
-            f"{num_texts}; resume with the same."
-        )
+    _check_order(checkpoint, state["order"], blocks.blocks.source.describe())
     if state["num_processes"] != args.world_size and args.process_index == 0:
         print(
             f"train.py: warning: {checkpoint} has the random states of {state['num_processes']} processes, this run "
@@ -163,6 +194,16 @@ def resume_position(checkpoint: str | Path, blocks: ResumableBlocks, args: Train
         )
     if "source" in state:
         blocks.resume({name: state[name] for name in ("num_blocks", "source", "offset")})
+
+
+def _check_order(checkpoint: str | Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    for name in sorted(saved.keys() | current.keys()):
+        if saved.get(name) != current.get(name):
+            what = ORDER_NAMES.get(name, name)
+            raise SettingsError(
+                f"{checkpoint}: was saved with {saved.get(name)} {what}, this run has {current.get(name)}; resume "
+                "with the same text in the same order."
+            )
 
 
 def evaluation_sets(
@@ -180,7 +221,9 @@ def evaluation_sets(
         SettingsError: if a domain has less text than one block.
     """
     documents = open_text(data_args.eval_data, data_args.eval_split, data_args.text_column)
-    domains = blocks_by_domain(documents, tokenizer, data_args.block_size, data_args.max_eval_blocks)
+    domains = blocks_by_domain(
+        documents, tokenizer, data_args.block_size, data_args.max_eval_blocks, data_args.document_mask
+    )
     batch_size = training_args.per_device_eval_batch_size * training_args.world_size
     sets = {}
     for name, blocks in sorted(domains.items()):
@@ -188,43 +231,36 @@ def evaluation_sets(
             raise SettingsError(
                 f"The evaluation text of {name!r} is shorter than one block of {data_args.block_size} tokens."
             )
-        num_missing = -len(blocks) % batch_size
-        no_targets = [IGNORED_LABEL] * data_args.block_size
-        sets[name] = Dataset.from_dict(
-            {"input_ids": blocks + blocks[:1] * num_missing, "labels": blocks + [no_targets] * num_missing}
-        )
+        with_labels = [{**block, "labels": block["input_ids"]} for block in blocks]
+        no_targets = {**blocks[0], "labels": [IGNORED_LABEL] * data_args.block_size}
+        sets[name] = Dataset.from_list(with_labels + [no_targets] * (-len(blocks) % batch_size))
     return sets
 
 
 def blocks_by_domain(
-    documents: TextStream, tokenizer: PreTrainedTokenizerBase, block_size: int, max_blocks: int | None
-) -> dict[str, list[list[int]]]:
-    """Return the first `max_blocks` blocks of each domain, packed as [`PackedBlocks`] packs them."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    blocks: dict[str, list[list[int]]] = {}
-    leftovers: dict[str, list[int]] = {}
-    texts = deque(
-        (iter(source.documents), None if source.has_domain_column else source.domain) for source in documents.sources
-    )
+    documents: TextStream,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    max_blocks: int | None,
+    document_mask: bool = False,
+) -> dict[str, list[dict[str, list[int]]]]:
+    """Return the first `max_blocks` blocks of each domain, packed as if it was alone."""
+    packers: dict[str, BlockPacker] = defaultdict(lambda: BlockPacker(block_size, document_mask))
+    blocks: dict[str, list[dict[str, list[int]]]] = {}
+    texts = deque((source, iter(source.documents)) for source in documents.sources)
     while texts:
-        text, domain = texts.popleft()
+        source, text = texts.popleft()
+        domain = None if source.has_domain_column else source.domain
         if domain in blocks and len(blocks[domain]) == max_blocks:
             continue
-        document = next(text, None)
+        document = next_document(text, source.name)
         if document is None:
             continue
-        texts.append((text, domain))
+        texts.append((source, text))
         found = blocks.setdefault(document["domain"], [])
         if len(found) == max_blocks:
             continue
-        encoded = tokenizer([document["text"]], add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ][0]
-        tokens = [*leftovers.pop(document["domain"], []), *encoded, *end]
-        num_usable = len(tokens) - len(tokens) % block_size
-        if max_blocks is not None:
-            num_usable = min(num_usable, (max_blocks - len(found)) * block_size)
-        found += [tokens[begin : begin + block_size] for begin in range(0, num_usable, block_size)]
-        if len(found) != max_blocks:
-            leftovers[document["domain"]] = tokens[num_usable:]
+        [tokens] = tokenize(tokenizer, [document["text"]])
+        num_missing = None if max_blocks is None else max_blocks - len(found)
+        found += (block for block, _ in islice(packers[document["domain"]].add(tokens), num_missing))
     return blocks

@@ -31,7 +31,7 @@ def test_each_domain_is_packed_as_if_alone(text_folder, tokenizer, max_blocks):
 
     assert sorted(found) == ["detective", "fiction", "travel"]
     for file, (_, blocks) in zip(files, sorted(found.items()), strict=True):
-        assert blocks == [block["input_ids"] for block in pack_blocks(open_text([file]), tokenizer, 64)][:max_blocks]
+        assert blocks == list(pack_blocks(open_text([file]), tokenizer, 64))[:max_blocks]
 
 
 def test_a_text_of_one_domain_is_read_no_further_than_it_takes(tokenizer):
