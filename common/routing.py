@@ -23,8 +23,8 @@ from modeling_upcycled_moe import UpcycledQwenMoeConfig, expert_counts
 from modeling_upcycled_moe.selection_upcycled_moe import routing_log_probabilities, sum_dtype
 
 
-# Tokens that are counted at a time, so that the memory for it does not grow with the batch.
-CHUNK_TOKENS = 8192
+# Tokens, of all layers together, that are counted at a time, so that the memory for it does not grow with the batch.
+CHUNK_TOKENS = 65536
 
 
 class RouterStatistics:
@@ -57,33 +57,33 @@ class RouterStatistics:
             config: Says how probabilities follow from logits.
             weights: 1 for tokens that count and 0 for padding [T]; all count by default.
         """
-        for layer, (logits, selected) in enumerate(zip(router_logits, selected_experts, strict=True)):
-            for begin in range(0, logits.shape[0], CHUNK_TOKENS):
-                chunk = slice(begin, begin + CHUNK_TOKENS)
-                log_probabilities = routing_log_probabilities(logits[chunk], config)
-                counted = None if weights is None else weights[chunk]
-                self._add(layer, logits[chunk], log_probabilities, selected[chunk], counted)
+        device, dtype = self.selected.device, self.selected.dtype
+        num_layers, num_tokens = len(router_logits), router_logits[0].shape[0]
+        counted = torch.ones(num_tokens, dtype=dtype, device=device) if weights is None else weights.to(device, dtype)
+        # All layers at once: few large operations keep an accelerator busy, many small ones do not.
+        length = max(CHUNK_TOKENS // num_layers, 1)
+        for begin in range(0, num_tokens, length):
+            chunk = slice(begin, begin + length)
+            logits = torch.stack([layer[chunk].to(device) for layer in router_logits])  # [L, T, E]
+            selected = torch.stack([layer[chunk].to(device) for layer in selected_experts])  # [L, T, K]
+            self._add(logits, selected, routing_log_probabilities(logits, config), counted[chunk])
+        self.num_tokens += counted.sum()
 
     def _add(
-        self,
-        layer: int,
-        logits: torch.Tensor,
-        log_probabilities: torch.Tensor,
-        selected: torch.Tensor,
-        weights: torch.Tensor | None,
+        self, logits: torch.Tensor, selected: torch.Tensor, log_probabilities: torch.Tensor, counted: torch.Tensor
     ) -> None:
-        """Add the tokens of `logits` [T, E] to those of a layer."""
-        device, dtype = self.selected.device, self.selected.dtype
-        if weights is None:
-            counted = torch.ones(logits.shape[0], dtype=dtype, device=logits.device)
-        else:
-            counted = weights.to(logits.device, dtype)
-        entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)  # [T]
-        variance = logits.float().var(dim=-1, correction=0)  # [T]
-        self.selected[layer] += expert_counts(selected, logits.shape[1], counted).to(device)
-        self.entropy[layer] += (counted @ entropy.to(dtype)).to(device)
-        self.variance[layer] += (counted @ variance.to(dtype)).to(device)
-        self.num_tokens[layer] += counted.sum().to(device)
+        """Add tokens with these logits [L, T, E] and experts [L, T, K], counted by weights [T]."""
+        num_layers, num_experts = self.selected.shape
+        # The experts of each layer have numbers of their own, and so has its empty slot.
+        first = torch.arange(num_layers, device=selected.device)[:, None, None] * (num_experts + 1)
+        counts = expert_counts(
+            (selected + first).flatten(0, 1), num_layers * (num_experts + 1), counted.repeat(num_layers)
+        )
+        self.selected += counts.view(num_layers, num_experts + 1)[:, :-1]
+        entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)  # [L, T]
+        variance = logits.float().var(dim=-1, correction=0)  # [L, T]
+        self.entropy += entropy.to(counted) @ counted
+        self.variance += variance.to(counted) @ counted
 
     def flatten(self) -> torch.Tensor:
         """Return all sums as one vector."""

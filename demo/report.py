@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..common.routing_log import ROUTING_LOG_FILE, read_routing
+
 
 # Distinct also in greyscale and for the colour-blind.
 COLORS = {"dense": "#555555", "vanilla upcycling": "#d95f02", "Router Upcycling": "#1b6ca8"}
@@ -31,11 +33,10 @@ class TrainedModel:
 
     def loads(self) -> list[list[float]]:
         """Return the last load of each expert in each layer, shares of the selections."""
-        entry = next((entry for entry in reversed(self.log) if "router/entropy" in entry), {})
-        layers: dict[str, list[float]] = {}
-        for key in sorted(key for key in entry if "/load/" in key):
-            layers.setdefault(key.split("/")[1], []).append(entry[key])
-        return list(layers.values())
+        layers: dict[str, dict[str, Any]] = {}
+        for entry in read_routing(self.folder / ROUTING_LOG_FILE):
+            layers = entry["layers"]
+        return [figures["load"] for figures in layers.values()]
 
 
 def read_run(name: str, folder: Path) -> TrainedModel:

@@ -8,20 +8,17 @@ LayerMetrics = Mapping[int, Mapping[str, Any]]
 
 
 def router_log(layers: LayerMetrics) -> dict[str, float]:
-    """Return the figures of each layer as `router/layer_NN/<figure>`, loads as `.../load/expert_NN`.
+    """Return the figures of each layer but the loads as `router/layer_NN/<figure>`.
 
     Args:
         layers: `RouterStatistics.metrics` of each MoE layer, by its index in the model.
     """
-    log = {}
-    for layer_idx, metrics in layers.items():
-        prefix = f"router/layer_{layer_idx:02d}"
-        for name, value in metrics.items():
-            if name == "load":
-                log.update({f"{prefix}/load/expert_{expert:02d}": share for expert, share in enumerate(value)})
-            else:
-                log[f"{prefix}/{name}"] = value
-    return log
+    return {
+        f"router/layer_{layer_idx:02d}/{name}": value
+        for layer_idx, metrics in layers.items()
+        for name, value in metrics.items()
+        if name != "load"
+    }
 
 
 def mean_over_layers(layers: LayerMetrics) -> dict[str, float]:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from transformers import SchedulerType, TrainingArguments
 
 from ..common.settings import SettingsError
-from .arguments import EngineArguments, RecipeArguments
+from .arguments import EngineArguments, MonitoringArguments, RecipeArguments
 from .engines import data_parallel_size
 
 
 @dataclass
-class UpcyclingTrainingArguments(RecipeArguments, EngineArguments, TrainingArguments):
-    """[`TrainingArguments`]; the fields of [`RecipeArguments`] and [`EngineArguments`] are new or default otherwise.
+class UpcyclingTrainingArguments(RecipeArguments, EngineArguments, MonitoringArguments, TrainingArguments):
+    """[`TrainingArguments`]; the fields of the other groups it is made of are new or have another default.
 
     Raises:
         SettingsError: for fields that exclude each other.
@@ -21,6 +21,7 @@ class UpcyclingTrainingArguments(RecipeArguments, EngineArguments, TrainingArgum
     def __post_init__(self):
         super().__post_init__()
         self._check_schedule()
+        self._check_monitoring()
         if self.expected_processes is not None and self.expected_processes != self.world_size:
             raise SettingsError(
                 f"expected_processes={self.expected_processes}, but {self.world_size} started; "
@@ -64,6 +65,20 @@ class UpcyclingTrainingArguments(RecipeArguments, EngineArguments, TrainingArgum
                 f"{held}warmup_steps={self.warmup_steps:g}: the warm-up takes {last_step} steps, but with max_steps="
                 f"{self.max_steps} the learning rate decays from step {first_decay_step} on; "
                 "give a share below 1, or train for longer."
+            )
+
+    def _check_monitoring(self):
+        for name in ("router_probe_tokens", "router_probe_steps"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise SettingsError(f"{name}={value} is negative; give a number from 0, which turns it off.")
+        if not 0 <= self.router_collapse_threshold <= 1:
+            raise SettingsError(
+                f"router_collapse_threshold={self.router_collapse_threshold:g} must be from 0 (never) to 1."
+            )
+        if self.peak_flops_per_device is not None and self.peak_flops_per_device <= 0:
+            raise SettingsError(
+                f"peak_flops_per_device={self.peak_flops_per_device:g} must be above 0, such as 989e12; or leave it "
+                "out."
             )
 
     def get_router_warmup_steps(self) -> int:

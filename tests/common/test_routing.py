@@ -105,8 +105,8 @@ def test_entropy_of_sigmoid_scores_is_that_of_their_shares(router_logits):
 def test_batches_and_processes_add_up(router_logits):
     first, second = (RouterStatistics(2, NUM_EXPERTS) for _ in range(2))
     for statistics, batches in (
-        (first, [(router_logits[:10], router_logits[20:]), (router_logits[10:15], router_logits[:1])]),
-        (second, [(router_logits[15:], router_logits[1:20])]),
+        (first, [(router_logits[:10], router_logits[27:]), (router_logits[10:15], router_logits[:5])]),
+        (second, [(router_logits[15:], router_logits[5:27])]),
     ):
         for batch in batches:
             statistics.update(batch, [_selected(layer) for layer in batch], _config())
@@ -121,7 +121,7 @@ def test_a_large_batch_is_counted_in_small_parts(monkeypatch, router_logits, wei
     sizes = []
 
     def measured(logits, config, _function=routing.routing_log_probabilities):
-        sizes.append(len(logits))
+        sizes.append(logits.shape[1])
         return _function(logits, config)
 
     monkeypatch.setattr(routing, "routing_log_probabilities", measured)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from upcycled_moe.common.routing_log import ROUTING_LOG_FILE, append_routing
 from upcycled_moe.demo.report import print_table, read_run, write_plots
 
 
@@ -11,16 +12,17 @@ LOADS = [[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]]
 
 
 def write_run(folder, is_moe):
+    folder.mkdir()
     entries = []
     for step in (10, 20):
         router = {"router/max_violation": 0.8, "router/entropy": 1.05} if is_moe else {}
         if is_moe:
-            for layer, loads in enumerate(LOADS):
-                router |= {f"router/layer_{layer:02d}/load/expert_{e:02d}": load for e, load in enumerate(loads)}
+            shown = LOADS if step == 20 else [[1.0, 0.0, 0.0]] * 2
+            layers = {layer: {"load": loads} for layer, loads in enumerate(shown)}
+            append_routing(folder / ROUTING_LOG_FILE, step, 1000, layers)
         entries.append({"step": step, "loss": 4.0, **router})
         entries.append({"step": step, "eval_fiction_loss": 3.0, "eval_fiction_perplexity": 20.0855})
         entries.append({"step": step, "eval_loss": 3.5 - step / 100, "eval_perplexity": 30.0})
-    folder.mkdir()
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
     return folder
 

@@ -86,6 +86,8 @@ def settings(train_files):
         "logging_steps": 2,
         "save_strategy": "no",
         "report_to": "none",
+        # Pictures take longer than the rest of the run.
+        "router_probe_steps": 0,
         "use_cpu": True,
         "disable_tqdm": True,
     }

@@ -1,0 +1,146 @@
+"""How fast routers change: the experts of a fixed text, from probe to probe.
+
+Dimensions: B sequences of the probe, S their length, T = B * S tokens, K slots of a token, E experts, L MoE layers.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+PROBE_FOLDER = "router_probes"
+SATURATION_FILE = "router_saturation.json"
+TEXT_FILE = "text.safetensors"
+
+
+def selection_overlap(first: torch.Tensor, second: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Return the mean share [L] of a token's experts that two selections [L, T, K] have in common; E is an empty slot.
+
+    The share is of its experts in the selection that gives it more; the order does not count.
+    """
+    return torch.stack([_layer_overlap(*pair, num_experts) for pair in zip(first, second, strict=True)])
+
+
+def _layer_overlap(first: torch.Tensor, second: torch.Tensor, num_experts: int) -> torch.Tensor:
+    is_filled = first < num_experts  # [T, K]
+    # An expert is in no two slots of a token.
+    common = (is_filled[:, :, None] & (first[:, :, None] == second[:, None, :])).sum(dim=(1, 2))
+    largest = torch.maximum(is_filled.sum(dim=1), (second < num_experts).sum(dim=1))
+    # Tokens that both leave without an expert agree.
+    return torch.where(largest > 0, common / largest.clamp(min=1), 1.0).mean()
+
+
+def probe_text(sequences: Sequence[Sequence[int]], num_tokens: int) -> torch.Tensor:
+    """Return the first of `sequences`, of equal length, that have `num_tokens` [B, S]; a part of a longer one."""
+    length = min(len(sequences[0]), num_tokens)
+    num_sequences = -(-num_tokens // length)
+    return torch.tensor([list(sequence[:length]) for sequence in sequences[:num_sequences]])
+
+
+@torch.no_grad()
+def select_experts(
+    model: torch.nn.Module, text: torch.Tensor, batch_size: int, device: torch.device | str
+) -> torch.Tensor:
+    """Return the experts [L, T, K] of the tokens of `text` [B, S] in evaluation mode, in as few bytes as hold E.
+
+    Draws no random numbers and leaves the model as it was.
+    """
+    was_training = model.training
+    model.eval()
+    parts = []
+    for sequences in text.split(batch_size):
+        outputs = model(input_ids=sequences.to(device), output_router_logits=True, use_cache=False, logits_to_keep=1)
+        num_experts = outputs.router_logits[0].shape[-1]
+        dtype = torch.uint8 if num_experts <= torch.iinfo(torch.uint8).max else torch.int16
+        parts.append(torch.stack([selected.to("cpu", dtype) for selected in outputs.selected_experts]))
+    model.train(was_training)
+    return torch.cat(parts, dim=1)
+
+
+class ProbeFolder:
+    """The probes of a run on disk: the text, and a file for each step."""
+
+    def __init__(self, output_dir: str | Path):
+        self.folder = Path(output_dir, PROBE_FOLDER)
+
+    def cut(self, last_step: int) -> None:
+        """Remove the probes after `last_step`, from which a run goes on; after 0 all, and the text."""
+        if last_step == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        for step in self.steps():
+            if step > last_step:
+                self._file(step).unlink()
+
+    def steps(self) -> list[int]:
+        """Return the steps of the probes, in their order."""
+        matches = [re.fullmatch(r"step-(\d+)\.safetensors", path.name) for path in self.folder.glob("step-*")]
+        return sorted(int(match[1]) for match in matches if match)
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}.safetensors"
+
+    def read_text(self) -> torch.Tensor | None:
+        """Return the text [B, S], or None if there is none."""
+        file = self.folder / TEXT_FILE
+        return load_file(file)["input_ids"] if file.is_file() else None
+
+    def write_text(self, text: torch.Tensor) -> None:
+        """Keep the text [B, S]."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write_whole(self.folder / TEXT_FILE, {"input_ids": text})
+
+    def read(self, step: int) -> torch.Tensor:
+        """Return the selections [L, T, K] of the probe at `step`."""
+        return load_file(self._file(step))["selected_experts"]
+
+    def write(self, step: int, selected: torch.Tensor) -> None:
+        """Keep the selections [L, T, K] of the probe at `step`.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write_whole(self._file(step), {"selected_experts": selected})
+
+
+def _write_whole(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        save_file(tensors, partial)
+        partial.replace(path)
+    except SafetensorError as error:
+        # A full disk is one too.
+        raise OSError(f"{path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def saturation(probes: ProbeFolder, num_experts: int) -> tuple[list[int], torch.Tensor]:
+    """Return the steps of all probes [N] and the overlap of each one's selections with those of the last [N, L].
+
+    Source: OLMoE (arXiv 2409.02060), router saturation.
+    """
+    steps = probes.steps()
+    final = probes.read(steps[-1])
+    return steps, torch.stack([selection_overlap(probes.read(step), final, num_experts) for step in steps])
+
+
+def write_saturation(path: Path, layers: Sequence[int], steps: Sequence[int], values: torch.Tensor) -> None:
+    """Write the saturation [N, L] at `steps` [N] of each of `layers`, as numbered in the model, and the mean."""
+    content = {
+        "steps": list(steps),
+        "layers": {
+            str(layer): [round(value, 6) for value in values[:, number].tolist()]
+            for number, layer in enumerate(layers)
+        },
+        "mean": [round(value, 6) for value in values.mean(dim=1).tolist()],
+    }
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
