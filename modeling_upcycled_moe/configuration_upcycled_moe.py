@@ -78,6 +78,11 @@ class UpcycledQwenMoeConfig(Qwen3Config):
             Width of a router's query and of a key. Defaults to as many attention heads as each router can have:
             `ceil(num_attention_heads * head_dim / num_routers)`.
         router_pooling (`"sum"` or `"max"`, defaults to `"sum"`): How the routers of a mixture are pooled.
+        router_dtype (`"float32"`, *optional*):
+            Type that the routers compute in and that their weights are loaded in, whatever the rest of the model has,
+            and under autocast. By default both are the model's, as in stock Qwen MoE models: a folded router then
+            chooses in bfloat16 as the exported model does. Train in `"float32"`: near-ties flip in bfloat16, whose
+            weights also lose small updates.
         router_score_function (`"softmax"` or `"sigmoid"`, defaults to `"softmax"`):
             From router logits to the scores that experts are selected and weighted by.
         router_selection (`str`, defaults to `"top_k"`):
@@ -145,6 +150,7 @@ class UpcycledQwenMoeConfig(Qwen3Config):
     num_router_keys: int | None = None
     router_head_dim: int | None = None
     router_pooling: Literal["sum", "max"] = "sum"
+    router_dtype: Literal["float32"] | None = None
     router_score_function: Literal["softmax", "sigmoid"] = "softmax"
     router_selection: Literal["top_k", "grouped_top_k", "prototype_top_k", "top_p", "expert_choice"] = "top_k"
     num_expert_groups: int | None = None

@@ -64,6 +64,8 @@ class UpcycledQwenMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
         z_loss (`torch.FloatTensor` of shape `()`): Router z-loss, mean over MoE layers, not weighted.
         entropy_loss, locality_loss (`torch.FloatTensor` of shape `()`): The same of those, if they have a weight.
         router_loss (`torch.FloatTensor` of shape `()`): What all add to `loss`; `loss - router_loss` is the rest.
+        layer_router_losses (`dict[str, torch.FloatTensor]`):
+            The losses above of each MoE layer [L] by the same names, not weighted and without gradient.
         router_logits (`tuple[torch.FloatTensor]`): One tensor [T, E] for each MoE layer.
         selected_experts (`tuple[torch.LongTensor]`): One tensor [T, K] for each MoE layer; E in an empty slot.
     """
@@ -72,6 +74,7 @@ class UpcycledQwenMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     entropy_loss: torch.FloatTensor | None = None
     locality_loss: torch.FloatTensor | None = None
     router_loss: torch.FloatTensor | None = None
+    layer_router_losses: dict[str, torch.FloatTensor] | None = None
     selected_experts: tuple[torch.LongTensor, ...] | None = None
 
 
@@ -84,6 +87,7 @@ class UpcycledQwenMoeSequenceClassifierOutputWithPast(SequenceClassifierOutputWi
     entropy_loss: torch.FloatTensor | None = None
     locality_loss: torch.FloatTensor | None = None
     router_loss: torch.FloatTensor | None = None
+    layer_router_losses: dict[str, torch.FloatTensor] | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     selected_experts: tuple[torch.LongTensor, ...] | None = None
 
@@ -238,6 +242,9 @@ class UpcycledQwenMoePreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         if config.use_router_bias:
             self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+        if config.router_dtype == "float32":
+            # A pattern that is searched for: `mlp.gate` would also match `mlp.gate_proj`.
+            self._keep_in_fp32_modules_strict = [r"\.mlp\.gate\."]
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
@@ -319,8 +326,8 @@ class UpcycledQwenMoePreTrainedModel(PreTrainedModel):
 
     def _router_losses(
         self, outputs: UpcycledQwenMoeModelOutputWithPast, attention_mask: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
-        """Return the mean over layers of each router loss, and the weighted sum `router_loss`; nothing if not needed.
+    ) -> dict[str, torch.Tensor | dict[str, torch.Tensor]]:
+        """Return the fields of the output that hold router losses; nothing if not needed.
 
         Raises:
             ValueError: if the routers are being trained but the losses cannot reach them.
@@ -339,6 +346,7 @@ class UpcycledQwenMoePreTrainedModel(PreTrainedModel):
         )
         losses = {name: layers.mean() for name, layers in by_layer.items()}
         losses["router_loss"] = sum(getattr(self.config, ROUTER_LOSSES[name]) * loss for name, loss in losses.items())
+        losses["layer_router_losses"] = {name: layers.detach() for name, layers in by_layer.items()}
         return losses
 
 

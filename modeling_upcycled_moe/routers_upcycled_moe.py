@@ -7,10 +7,13 @@ A router type is a subclass of `Router` that gives the scores, and an entry in `
 shared, see `selection_upcycled_moe.py`.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+from transformers.utils.generic import maybe_autocast
 
 from .selection_upcycled_moe import ExpertSelector
 
@@ -28,7 +31,7 @@ class Router(nn.Module):
         self.selector = ExpertSelector(config)
 
     def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return the router logits [T, E] of `hidden_states` [T, H]."""
+        """Return the router logits [T, E] of `hidden_states` [T, H], computed in the type of these."""
         raise NotImplementedError
 
     @property
@@ -66,13 +69,18 @@ class Router(nn.Module):
         Expert-parallel plans of Transformers rely on this order.
         """
         hidden_states = hidden_states.reshape(-1, self.hidden_dim)
+        weights_dtype, in_float32 = None, self.config.router_dtype == "float32"
+        if in_float32:
+            # The experts mix their outputs in the type of the tokens as ever.
+            weights_dtype, hidden_states = hidden_states.dtype, hidden_states.float()
         jitter_noise = self.config.router_jitter_noise
         if self.training and jitter_noise > 0:
             noise = torch.empty_like(hidden_states).uniform_(1.0 - jitter_noise, 1.0 + jitter_noise)
             hidden_states = hidden_states * noise
-        router_logits = self.score(hidden_states)
+        with maybe_autocast(hidden_states.device.type, enabled=False) if in_float32 else nullcontext():
+            router_logits = self.score(hidden_states)
         weights, index = self.selector(router_logits)
-        return router_logits, weights.to(router_logits.dtype), index
+        return router_logits, weights.to(weights_dtype or router_logits.dtype), index
 
 
 class LinearRouter(Router):
@@ -83,7 +91,7 @@ class LinearRouter(Router):
         self.weight = nn.Parameter(torch.empty(self.num_routed_experts, self.hidden_dim))  # [E, H]
 
     def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden_states, self.weight)
+        return F.linear(hidden_states, self.weight.to(hidden_states.dtype))
 
     @property
     def flops_per_token(self) -> int:
@@ -113,12 +121,14 @@ class MixtureRouter(Router):
         self.keys = nn.Parameter(torch.empty(self.num_keys, head_dim))  # [J, D]
 
     def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        query_weight, keys = self.query_weight.to(dtype), self.keys.to(dtype)
         if self.pooling == "sum":
             # The sum over routers moves inside: Σ_r (W_r x)·k = ((Σ_r W_r) x)·k, R times less work.
-            key_scores = F.linear(F.linear(hidden_states, self.query_weight.sum(dim=0)), self.keys)  # [T, J]
+            key_scores = F.linear(F.linear(hidden_states, query_weight.sum(dim=0)), keys)  # [T, J]
         else:
-            queries = F.linear(hidden_states, self.query_weight.flatten(0, 1))  # [T, R * D]
-            key_scores = F.linear(queries.unflatten(-1, (self.num_routers, -1)), self.keys).amax(dim=1)  # [T, J]
+            queries = F.linear(hidden_states, query_weight.flatten(0, 1))  # [T, R * D]
+            key_scores = F.linear(queries.unflatten(-1, (self.num_routers, -1)), keys).amax(dim=1)  # [T, J]
         if self.num_keys == self.num_routed_experts:
             return key_scores
         return key_scores.unflatten(-1, (self.num_routed_experts, -1)).amax(dim=-1)
@@ -161,7 +171,8 @@ class MLPRouter(Router):
         self.down_weight = nn.Parameter(torch.empty(self.num_routed_experts, self.hidden_dim))  # [E, H]
 
     def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.linear(F.gelu(F.linear(hidden_states, self.up_weight)), self.down_weight)
+        dtype = hidden_states.dtype
+        return F.linear(F.gelu(F.linear(hidden_states, self.up_weight.to(dtype))), self.down_weight.to(dtype))
 
     @property
     def flops_per_token(self) -> int:

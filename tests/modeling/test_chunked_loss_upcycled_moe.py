@@ -181,7 +181,7 @@ def test_no_more_than_a_chunk_of_logits_is_in_memory(has_hook):
 
 
 def test_a_step_compiles_as_one_graph(make_moe, make_tokens):
-    model, tokens = make_moe(router_aux_loss_coef=0.3).train(), make_tokens(2, 16)
+    model, tokens = make_moe(num_hidden_layers=1, router_aux_loss_coef=0.3).train(), make_tokens(2, 16)
     model.set_experts_implementation("batched_mm")
     plain = _step(model, tokens)
 

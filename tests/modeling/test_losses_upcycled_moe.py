@@ -1,8 +1,10 @@
 import math
+import pickle
 
 import naive_reference
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from modeling_upcycled_moe import UpcycledQwenMoeConfig
 from modeling_upcycled_moe.losses_upcycled_moe import (
@@ -218,6 +220,28 @@ def test_every_loss_with_a_weight_is_added(make_moe, make_tokens):
     torch.testing.assert_close(outputs.router_loss, expected)
     language_modeling = naive_reference.language_modeling_loss(outputs.logits, tokens)
     torch.testing.assert_close(outputs.loss, language_modeling + expected)
+
+
+def test_the_output_has_each_layer_s_losses_and_survives_what_is_done_with_outputs(make_moe, make_tokens):
+    model = make_moe(mlp_only_layers=[1], router_aux_loss_coef=0.3, router_entropy_loss_coef=0.1).train()
+    outputs = model(make_tokens(), labels=make_tokens(), output_router_logits=True)
+
+    expected = router_losses(model.config, outputs.router_logits, outputs.selected_experts)
+    assert outputs.layer_router_losses.keys() == expected.keys() == {"aux_loss", "z_loss", "entropy_loss"}
+    for name, layers in outputs.layer_router_losses.items():
+        assert torch.equal(layers, expected[name])
+        assert not layers.requires_grad
+        torch.testing.assert_close(layers.mean(), outputs[name])
+    # As FSDP2, Accelerate and a pipe between processes take an output apart and put it together.
+    leaves, structure = tree_flatten(outputs)
+    assert any(leaf is outputs.layer_router_losses["aux_loss"] for leaf in leaves)
+    with torch.no_grad():
+        detached = model(make_tokens(), labels=make_tokens(), output_router_logits=True)
+    for copy in (tree_unflatten(leaves, structure), pickle.loads(pickle.dumps(detached))):
+        assert isinstance(copy, type(outputs))
+        assert torch.equal(copy.layer_router_losses["aux_loss"], expected["aux_loss"])
+    assert outputs.to_tuple()[0] is outputs.loss
+    assert model(make_tokens(), labels=make_tokens(), return_dict=False)[0] == outputs.loss
 
 
 def test_without_coefficients_training_adds_and_records_nothing(make_moe, make_tokens):

@@ -35,6 +35,7 @@ MODELS = {
     },
     "top p": {"router_selection": "top_p", "router_top_p": 0.5},
     "without computation": {"num_copy_experts": 1, "num_constant_experts": 1},
+    "float32 routers": {"router_dtype": "float32"},
     "complement": {"shared_expert_intermediate_size": 24, "shared_expert_gating": "complement"},
 }
 
