@@ -3,16 +3,26 @@
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 
+# Figures of single layers and groups, for the log file and TensorBoard only.
+LONG_LOG = ("router/layer_", "grad_norm/")
+
+
 class _ShortLog:
-    """Leaves the figures of single layers to the log file and to TensorBoard."""
+    """Leaves out `LONG_LOG`."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        short = {name: value for name, value in (logs or {}).items() if not name.startswith("router/layer_")}
+        short = {name: value for name, value in (logs or {}).items() if not name.startswith(LONG_LOG)}
         super().on_log(args, state, control, logs=short, **kwargs)
 
 
 class ShortProgressCallback(_ShortLog, ProgressCallback):
-    """A progress bar, and a line at each log."""
+    """A progress bar with loss and speed, and a line at each log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if self.training_bar is not None and logs and "tokens_per_second" in logs:
+            shown = {"loss": f"{logs['loss']:.3f}", "tokens/s": f"{logs['tokens_per_second']:,.0f}"}
+            self.training_bar.set_postfix(shown, refresh=False)
 
 
 class ShortPrinterCallback(_ShortLog, PrinterCallback):

@@ -74,6 +74,7 @@ def train(arguments: Arguments) -> None:
     from upcycled_moe.train.engines import distributed_config, lay_out_processes, start_of
     from upcycled_moe.train.model import carry_files, load_model, load_tokenizer, risks_of
     from upcycled_moe.train.sources import training_blocks
+    from upcycled_moe.train.summary import summary
     from upcycled_moe.train.trainer import UpcyclingTrainer
 
     model_args, data_args, training_args, *_ = arguments
@@ -116,8 +117,7 @@ def train(arguments: Arguments) -> None:
     metrics = trainer.evaluate() if eval_sets else {}
     trainer.save_model()
     if training_args.should_save:
-        perplexity = f", eval perplexity {metrics['eval_perplexity']:.3f}" if metrics else ""
-        print(f"{training_args.output_dir}: {result.global_step} steps, loss {result.training_loss:.4f}{perplexity}")
+        print(summary(trainer, result, metrics))
     trainer.accelerator.end_training()
 
 
