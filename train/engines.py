@@ -20,7 +20,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import strtobool
 
 from ..common.settings import SettingsError
-from .arguments import EngineArguments, ModelArguments
+from .arguments import DataArguments, EngineArguments, ModelArguments
 
 
 # The folder that fully sharded optimizers of Accelerate are in too, whose `.metadata` is written last.
@@ -44,11 +44,11 @@ def shards_at_load(args: EngineArguments) -> bool:
     return args.tensor_parallel_size > 1 or args.expert_parallel_size > 1
 
 
-def lay_out_processes(args: TrainingArguments, block_size: int) -> None:
+def lay_out_processes(args: TrainingArguments, data_args: DataArguments) -> None:
     """Prepare `args` for the layout of processes that they and the launcher say.
 
     Raises:
-        SettingsError: if the processes that were started, or `block_size`, do not suit it.
+        SettingsError: if the processes that were started, or the blocks of `data_args`, do not suit it.
     """
     for name in ("tensor_parallel_size", "expert_parallel_size"):
         if (size := getattr(args, name)) < 1:
@@ -66,17 +66,27 @@ def lay_out_processes(args: TrainingArguments, block_size: int) -> None:
             f"The accelerate configuration lays out {shown} = {product} processes, but {args.world_size} started; "
             "change num_processes or the sizes of its parallelism_config."
         )
-    # Each process takes a part from the front and one from the back, so that all have as many pairs to attend to.
-    if sizes["cp"] > 1 and block_size % (2 * sizes["cp"]):
-        raise SettingsError(
-            f"block_size={block_size} cannot be shared out by context parallelism over {sizes['cp']} processes; give "
-            f"a multiple of {2 * sizes['cp']}."
-        )
+    if sizes["cp"] > 1:
+        _check_context_parallelism(sizes["cp"], data_args)
     if shards_at_load(args):
         _check_sharding_at_load(args)
     if data_parallel_size(args) < args.world_size:
         # Otherwise Accelerate's first process reads for all, and gives each one a batch of its own.
         args.accelerator_config.dispatch_batches = False
+
+
+def _check_context_parallelism(num_parts: int, data_args: DataArguments) -> None:
+    # Each process takes a part from the front and one from the back, so that all have as many pairs to attend to.
+    if data_args.block_size % (2 * num_parts):
+        raise SettingsError(
+            f"block_size={data_args.block_size} cannot be cut by parallelism_config_cp_size={num_parts}; give a "
+            f"multiple of {2 * num_parts}."
+        )
+    if data_args.document_mask:
+        raise SettingsError(
+            f"document_mask=true does not go with parallelism_config_cp_size={num_parts}, whose attention knows no "
+            "bounds of documents; set document_mask=false."
+        )
 
 
 def _check_sharding_at_load(args: TrainingArguments) -> None:
@@ -139,6 +149,13 @@ class EnginesMixin:
     def sum_over_batches(self, sums: torch.Tensor) -> torch.Tensor:
         """Return `sums` added up over processes, those of a batch that several of them share once."""
         return self.accelerator.reduce(sums, reduction="sum") / self.args.tensor_parallel_size
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if launcher_size("cp") > 1:
+            # Ring attention is causal by itself. The model would take a part of a sequence for packed documents, and
+            # build a mask of them.
+            inputs = {**inputs, "attention_mask": {"full_attention": None}}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not shards_at_load(self.args):

@@ -78,7 +78,7 @@ def train(arguments: Arguments) -> None:
     from upcycled_moe.train.trainer import UpcyclingTrainer
 
     model_args, data_args, training_args, *_ = arguments
-    lay_out_processes(training_args, data_args.block_size)
+    lay_out_processes(training_args, data_args)
     training_args.set_tokens_per_step(data_args.block_size)
     checkpoint = checkpoint_to_resume(training_args)
     set_seed(training_args.seed)
