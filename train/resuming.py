@@ -26,10 +26,11 @@ def load_weights(model: PreTrainedModel, checkpoint: str | Path) -> None:
         config=copy.deepcopy(model.config),
         dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are named below
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := report[kind]:
-            shown = ", ".join(sorted(map(str, names))[:3])
+            shown = ", ".join(sorted(name if isinstance(name, str) else name[0] for name in names)[:3])
             raise SettingsError(
                 f"{checkpoint}: {len(names)} {kind.replace('_keys', '')} weights for this {type(model).__name__} "
                 f"({shown}); resume with the model that the checkpoint is of."
