@@ -12,7 +12,6 @@ from transformers.trainer_utils import IntervalStrategy
 from modeling_upcycled_moe.losses_upcycled_moe import (
     ROUTER_LOSSES,
     computed_losses,
-    router_losses,
     token_weights,
 )
 from modeling_upcycled_moe.selection_upcycled_moe import sum_dtype
@@ -135,13 +134,8 @@ class MonitoringMixin:
             return
         config, mask = self.model.config, inputs.get("attention_mask")
         logits, selected = outputs.router_logits, outputs.selected_experts
-        losses = getattr(outputs, "layer_router_losses", None)
-        if losses is None:
-            # A second time for these, but on [T, E] only: little beside the experts.
-            losses = router_losses(config, logits, selected, mask, self.node)
-        self._train_sums[2:] += (
-            torch.cat([losses[name].detach() for name in self.loss_names]).to(self._train_sums) * num_targets
-        )
+        losses = torch.cat([outputs.layer_router_losses[name] for name in self.loss_names])
+        self._train_sums[2:] += losses.to(self._train_sums) * num_targets
         weights = token_weights(mask, inputs["input_ids"].numel())
         self._router_statistics.update(logits, selected, config, weights)
 

@@ -6,7 +6,7 @@ Dimensions: B sequences of the probe, S their length, T = B * S tokens, K slots 
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,11 +36,14 @@ def _layer_overlap(first: torch.Tensor, second: torch.Tensor, num_experts: int) 
     return torch.where(largest > 0, common / largest.clamp(min=1), 1.0).mean()
 
 
-def probe_text(sequences: Sequence[Sequence[int]], num_tokens: int) -> torch.Tensor:
+def probe_text(sequences: Iterable[Sequence[int]], num_tokens: int) -> torch.Tensor:
     """Return the first of `sequences`, of equal length, that have `num_tokens` [B, S]; a part of a longer one."""
-    length = min(len(sequences[0]), num_tokens)
-    num_sequences = -(-num_tokens // length)
-    return torch.tensor([list(sequence[:length]) for sequence in sequences[:num_sequences]])
+    chosen: list[Sequence[int]] = []
+    for sequence in sequences:
+        chosen.append(sequence[:num_tokens])
+        if len(chosen) * len(chosen[0]) >= num_tokens:
+            break
+    return torch.tensor(chosen)
 
 
 @torch.no_grad()
@@ -121,14 +124,14 @@ def _write_whole(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def saturation(probes: ProbeFolder, num_experts: int) -> tuple[list[int], torch.Tensor]:
-    """Return the steps of all probes [N] and the overlap of each one's selections with those of the last [N, L].
+def saturation(probes: ProbeFolder, final: torch.Tensor, num_experts: int) -> tuple[list[int], torch.Tensor]:
+    """Return the steps of all probes [N] and the overlap [N, L] of each one's selections with `final` [L, T, K].
 
     Source: OLMoE (arXiv 2409.02060), router saturation.
     """
     steps = probes.steps()
-    final = probes.read(steps[-1])
-    return steps, torch.stack([selection_overlap(probes.read(step), final, num_experts) for step in steps])
+    overlaps = [selection_overlap(probes.read(step), final, num_experts) for step in steps]
+    return steps, torch.stack(overlaps) if steps else torch.empty(0, len(final))
 
 
 def write_saturation(path: Path, layers: Sequence[int], steps: Sequence[int], values: torch.Tensor) -> None:

@@ -75,7 +75,8 @@ class RoutingView:
         self._drawn_step: int | None = None
         self._draws = False
         if self.trainer.is_world_process_zero():
-            self._write(str(self.output_dir), self._read_earlier)
+            self._write(str(self.output_dir / ROUTING_LOG_FILE), self._read_earlier)
+            self._write(str(self.probes.folder), lambda: self.probes.cut(self._last_step))
             self._draws = self._every > 0 and can_draw()
             if self._every > 0 and not self._draws:
                 self._say(f"Matplotlib is not installed, so there are no pictures of the routing; {INSTALL}.")
@@ -88,7 +89,6 @@ class RoutingView:
         for entry in read_routing(path):
             self._steps.append(entry["step"])
             self._violations.append([layer["max_violation"] for layer in entry["layers"].values()])
-        self.probes.cut(self._last_step)
 
     def _begin_probes(self, batch: Mapping[str, torch.Tensor]) -> None:
         self._text: torch.Tensor | None = None
@@ -113,12 +113,12 @@ class RoutingView:
         if not isinstance(eval_sets, dict):
             return probe_text(batch["input_ids"].tolist(), self.args.router_probe_tokens)
         # A block of each domain, then the next of each.
-        blocks = [
+        blocks = (
             eval_sets[domain][number]["input_ids"]
             for number in range(max(map(len, eval_sets.values())))
             for domain in eval_sets
             if number < len(eval_sets[domain])
-        ]
+        )
         return probe_text(blocks, self.args.router_probe_tokens)
 
     def _probe(self, step: int) -> dict[str, list[float]]:
@@ -183,7 +183,7 @@ class RoutingView:
             self._write(str(self.output_dir / SATURATION_FILE), self._show_saturation)
 
     def _show_saturation(self) -> None:
-        steps, values = saturation(self.probes, self.trainer.model.config.num_routed_experts)
+        steps, values = saturation(self.probes, self._last, self.trainer.model.config.num_routed_experts)
         write_saturation(self.output_dir / SATURATION_FILE, self.layers, steps, values)
         if self._draws and len(steps) > 1:
             self._show_picture("router_saturation", draw_saturation(self.layers, steps, values.tolist()))
