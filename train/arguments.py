@@ -39,6 +39,10 @@ class ModelArguments:
         default=None, metadata=_help("sdpa, flash_attention_2, flex_attention, eager, ...")
     )
     experts_implementation: str | None = field(default=None, metadata=_help("grouped_mm, batched_mm, eager, ..."))
+    router_dtype: Literal["float32", "model"] | None = field(
+        default=None,
+        metadata=_help("Type of routers and what they compute: float32 for upcycled models, or that of the model."),
+    )
     loss_chunk_tokens: int | None = field(
         default=None,
         metadata=_help("Tokens whose logits are held at a time: 1024 for upcycled models; 0 holds those of all."),

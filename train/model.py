@@ -1,5 +1,6 @@
 """Loading what is trained."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +8,16 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.distributed import DistributedConfig
+from transformers.utils import strtobool
 
 import modeling_upcycled_moe  # noqa: F401 (registers the classes, so that no remote code is run)
 
@@ -72,6 +81,7 @@ def load_model(
                 f"{field}={value}, but {name} is a {config.model_type} model without it; leave it out."
             )
         setattr(config, field, value)
+    _set_router_dtype(config, model_args)
     if len(tokenizer) > config.vocab_size:
         raise SettingsError(
             f"The tokenizer has {len(tokenizer)} tokens, but {name} has vocab_size={config.vocab_size}; "
@@ -102,7 +112,34 @@ def load_model(
         **implementations,
     )
     _set_loss_chunk_tokens(model, model_args.loss_chunk_tokens)
+    _check_types_can_be_sharded(model, distributed_config)
     return model
+
+
+def _set_router_dtype(config: PreTrainedConfig, model_args: ModelArguments) -> None:
+    if hasattr(config, "router_dtype"):
+        config.router_dtype = None if model_args.router_dtype == "model" else "float32"
+    elif model_args.router_dtype == "float32":
+        raise SettingsError(
+            f"router_dtype=float32, but {model_args.model_name_or_path} is a {config.model_type} model without it; "
+            "leave it out."
+        )
+
+
+def _check_types_can_be_sharded(model: PreTrainedModel, distributed_config: DistributedConfig | None) -> None:
+    """Refuse float32 routers in a model of another type where FSDP2 shards both together."""
+    if distributed_config is not None:
+        is_sharded = distributed_config.fsdp_size > 1
+    else:
+        # With mixed precision Accelerate converts all weights to float32 first.
+        has_mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+        is_sharded = strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")) and not has_mixed_precision
+    if is_sharded and len({parameter.dtype for parameter in model.parameters()}) > 1:
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise SettingsError(
+            f"dtype={dtype} with routers in float32 cannot be sharded by FSDP2, which takes weights of one type only; "
+            "set dtype=float32 with bf16=true, or router_dtype=model."
+        )
 
 
 def _set_loss_chunk_tokens(model: PreTrainedModel, num_tokens: int | None) -> None:
