@@ -33,6 +33,11 @@ class UpcyclingTrainingArguments(RecipeArguments, EngineArguments, MonitoringArg
                 f"resume_from_checkpoint={self.resume_from_checkpoint}, but save_only_model=true keeps no optimizer "
                 "to go on with; leave one of them out."
             )
+        if self.enable_jit_checkpoint:
+            raise SettingsError(
+                "enable_jit_checkpoint=true: every run here saves and stops on SIGTERM and SIGUSR1, all its processes "
+                "after the same step; leave it out."
+            )
         if self.dataloader_num_workers > 1:
             raise SettingsError(
                 f"dataloader_num_workers={self.dataloader_num_workers}: each worker would read all of the text; "
