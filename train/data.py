@@ -66,9 +66,15 @@ def collate_blocks_for_flash_attention(blocks: Sequence[Mapping[str, Any]]) -> d
     return batch
 
 
-def collator_for(attn_implementation: str | None) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
-    """Return what makes batches of blocks for a model with that attention."""
-    return collate_blocks_for_flash_attention if "flash" in (attn_implementation or "") else collate_blocks
+def choose_collator(
+    attn_implementation: str | None, args: TrainingArguments
+) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
+    """Return what makes batches of blocks for a model with that attention; to be called before the Trainer is made."""
+    if "flash" not in (attn_implementation or ""):
+        return collate_blocks
+    # Otherwise Accelerate's first process reads for all, and would cut the bounds as it cuts the batch.
+    args.accelerator_config.dispatch_batches = False
+    return collate_blocks_for_flash_attention
 
 
 def count_targets(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -67,7 +67,7 @@ def train(arguments: Arguments) -> None:
     from upcycled_moe.train.data import (
         ResumableBlocks,
         SavePositionCallback,
-        collator_for,
+        choose_collator,
         evaluation_sets,
         resume_position,
     )
@@ -102,7 +102,7 @@ def train(arguments: Arguments) -> None:
         args=training_args,
         train_dataset=blocks,
         eval_dataset=eval_sets,
-        data_collator=collator_for(model.config._attn_implementation),
+        data_collator=choose_collator(model.config._attn_implementation, training_args),
         processing_class=tokenizer,
         callbacks=[SavePositionCallback(packed)],
     )
