@@ -22,6 +22,7 @@ class UpcyclingTrainingArguments(RecipeArguments, EngineArguments, MonitoringArg
         super().__post_init__()
         self._check_schedule()
         self._check_monitoring()
+        self._settle_gradient_checkpointing()
         if self.expected_processes is not None and self.expected_processes != self.world_size:
             raise SettingsError(
                 f"expected_processes={self.expected_processes}, but {self.world_size} started; "
@@ -43,6 +44,20 @@ class UpcyclingTrainingArguments(RecipeArguments, EngineArguments, MonitoringArg
                 f"dataloader_num_workers={self.dataloader_num_workers}: each worker would read all of the text; "
                 "use 0, or 1 to read ahead."
             )
+
+    def _settle_gradient_checkpointing(self):
+        if not self.gradient_checkpointing:
+            return
+        options = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            raise SettingsError(
+                "gradient_checkpointing_kwargs: use_reentrant=true would cut router losses off from what is before "
+                "the routers; leave it out."
+            )
+        self.gradient_checkpointing_kwargs = options
+        if hasattr(self, "activation_checkpointing_kwargs"):
+            # The name that newer Transformers reads.
+            self.activation_checkpointing_kwargs = options
 
     def _check_schedule(self):
         for name in ("router_learning_rate", "router_warmup_steps", "max_skipped_steps"):

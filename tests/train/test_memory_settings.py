@@ -108,3 +108,23 @@ def test_float32_routers_that_cannot_be_sharded_are_refused(make_moe_checkpoint,
     load_model(replace(model_args, dtype="float32"), tokenizer, 64)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     load_model(model_args, tokenizer, 64)
+
+
+@pytest.mark.parametrize("options", [None, "{every_n_layers: 2}", "{preserve_rng_state: true}"])
+def test_gradient_checkpointing_trains_the_same(settings, moe_checkpoint, tmp_path, options):
+    """Noise on the routers' input must be the same when a layer is computed again, and figures be counted once."""
+    settings |= {"max_steps": 3, "logging_steps": 1, "router_jitter_noise": 0.1}
+    checkpointing = {"gradient_checkpointing": True}
+    if options is not None:
+        checkpointing["gradient_checkpointing_kwargs"] = options
+    plain = _train(settings, moe_checkpoint, tmp_path / "plain")
+    checkpointed = _train(settings, moe_checkpoint, tmp_path / "checkpointed", **checkpointing)
+
+    assert plain[0][1]["grad_norm"] == pytest.approx(checkpointed[0][1]["grad_norm"], rel=1e-5)
+    _assert_same_training(checkpointed, plain, 1e-6)
+
+
+def test_checkpointing_that_cuts_router_losses_off_is_refused(settings, moe_checkpoint, tmp_path, capsys):
+    settings |= {"model_name_or_path": moe_checkpoint, "output_dir": tmp_path, "gradient_checkpointing": True}
+    message = _refusal(settings, capsys, gradient_checkpointing_kwargs="{use_reentrant: true}")
+    assert "use_reentrant=true would cut router losses off" in message
