@@ -8,7 +8,7 @@ settings of a run: see [`EngineArguments`].
 import math
 import os
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import strtobool
 
 from ..common.settings import SettingsError
-from .arguments import DataArguments, EngineArguments, ModelArguments
+from .arguments import DataArguments, EngineArguments
 
 
 # The folder that fully sharded optimizers of Accelerate are in too, whose `.metadata` is written last.
@@ -123,11 +123,9 @@ def distributed_config(args: TrainingArguments) -> DistributedConfig | None:
     )
 
 
-def start_of(model_args: ModelArguments, args: TrainingArguments, checkpoint: str | None) -> ModelArguments:
-    """Return `model_args` with what to load: `checkpoint` itself where the model is sharded as it is loaded."""
-    if checkpoint is None or not shards_at_load(args):
-        return model_args
-    return replace(model_args, model_name_or_path=checkpoint, model_revision=None)
+def weights_at_load(args: TrainingArguments, checkpoint: str | None) -> str | None:
+    """Return `checkpoint` if its weights have to be there as the model is loaded, and sharded; else None."""
+    return checkpoint if shards_at_load(args) else None
 
 
 class EnginesMixin:
@@ -167,7 +165,7 @@ class EnginesMixin:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # The model was loaded from there, sharded: see `start_of`.
+        # The model was loaded from there, sharded: see `weights_at_load`.
         if not shards_at_load(self.args):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

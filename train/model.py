@@ -61,11 +61,14 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
     distributed_config: DistributedConfig | None = None,
+    weights: str | None = None,
 ) -> PreTrainedModel:
     """Return the checkpoint's model, with the configuration that `model_args` asks for.
 
     Args:
         distributed_config: How to shard the model as it is loaded; not at all by default.
+        weights: Checkpoint of a run to take the weights from. Its configuration may have been fitted to the tokenizer
+            since the start, which would freeze the embedding of a token that pads.
     Raises:
         SettingsError: if it cannot be loaded, has no such configuration or loss, fewer tokens than
             `tokenizer`, or fewer positions than `block_size`.
@@ -103,7 +106,7 @@ def load_model(
     }
     model = _load(
         "model_name_or_path",
-        name,
+        weights or name,
         AutoModelForCausalLM.from_pretrained,
         config=config,
         dtype=model_args.dtype,

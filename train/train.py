@@ -71,7 +71,7 @@ def train(arguments: Arguments) -> None:
         evaluation_sets,
         resume_position,
     )
-    from upcycled_moe.train.engines import distributed_config, lay_out_processes, start_of
+    from upcycled_moe.train.engines import distributed_config, lay_out_processes, weights_at_load
     from upcycled_moe.train.model import carry_files, load_model, load_tokenizer, risks_of
     from upcycled_moe.train.sources import training_blocks
     from upcycled_moe.train.summary import summary
@@ -92,10 +92,11 @@ def train(arguments: Arguments) -> None:
     eval_sets = evaluation_sets(data_args, training_args, tokenizer) if data_args.eval_data else None
 
     model = load_model(
-        start_of(model_args, training_args, checkpoint),
+        model_args,
         tokenizer,
         data_args.block_size,
         distributed_config(training_args),
+        weights_at_load(training_args, checkpoint),
     )
     trainer = UpcyclingTrainer(
         model=model,

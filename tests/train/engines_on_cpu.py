@@ -1,4 +1,4 @@
-"""Run the training script with those of Accelerate's engines on CPU processes that it offers for accelerators only."""
+"""Run the training script on CPU processes with engines that their libraries offer for accelerators only."""
 
 import os
 import runpy
@@ -29,23 +29,34 @@ def _init_as_on_accelerators(self, *args, **kwargs):
 
 
 def _ring_attention_on_cpu(op_call, args, kwargs):
-    """torch's ring attention with the attention kernel of CPUs, which it has no entry for."""
-    queries = next(arg for arg in args if isinstance(arg, DTensor))
-    mesh, local = queries.device_mesh, [arg.to_local() if isinstance(arg, DTensor) else arg for arg in args]
+    """Do what torch's ring attention does, with the attention kernel of CPUs, which it has no entry for."""
+    mesh = next(arg for arg in args if isinstance(arg, DTensor)).device_mesh
+    local = [arg.to_local() if isinstance(arg, DTensor) else arg for arg in args]
     names = [argument.name for argument in op_call._schema.arguments]
     given = {**dict(zip(names, local, strict=False)), "dropout_p": 0.0, "scale": kwargs.get("scale")}
     if op_call is FORWARD:
         results = ring._templated_ring_attention(mesh.get_group(), 2, FORWARD, **given)
     else:
-        grad_out = given.pop("grad_out")
+        gradient = given.pop("grad_out")
         results = ring._templated_ring_attention_backward(
-            mesh.get_group(), 2, BACKWARD, grad_out=grad_out, grad_out_name="grad_out", **given
+            mesh.get_group(), 2, BACKWARD, grad_out=gradient, grad_out_name="grad_out", **given
         )
     return tuple(DTensor.from_local(result, mesh, [Shard(2)]) for result in results)
 
 
-if __name__ == "__main__":
-    ring.custom_ops |= dict.fromkeys((FORWARD, BACKWARD), _ring_attention_on_cpu)
+def offer_engines_on_cpu() -> None:
+    """Let this process use the engines that its environment asks for, as if it had an accelerator."""
+    if "ACCELERATE_USE_DEEPSPEED" in os.environ:
+        import deepspeed
+
+        # A faster exchange within a machine, which is compiled where it is first used.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        return
     AcceleratorState.__init__ = _init_as_on_accelerators
+    ring.custom_ops |= dict.fromkeys((FORWARD, BACKWARD), _ring_attention_on_cpu)
+
+
+if __name__ == "__main__":
+    offer_engines_on_cpu()
     sys.argv[0] = str(TRAIN_SCRIPT)
     runpy.run_path(str(TRAIN_SCRIPT), run_name="__main__")

@@ -1,0 +1,64 @@
+"""Training runs in several processes at once, as `torchrun` starts them, forked from a server that did the imports."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+from training_runs import command_line
+
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    ["upcycled_moe.train.train", "upcycled_moe.train.trainer", "upcycled_moe.train.model", "upcycled_moe.common.text"]
+)
+DEADLINE_SECONDS = 120
+
+
+def _run(argv: list[str], log: str, environment: dict[str, str]) -> None:
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    from engines_on_cpu import offer_engines_on_cpu
+
+    from upcycled_moe.train.train import main
+
+    offer_engines_on_cpu()
+    status = main(argv)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def run_group(settings: dict, log: Path, *, num_processes: int, **environment: str) -> list[int]:
+    """Run the script in a group of processes, and return their exit statuses; what they print goes to the file `log`.
+
+    Once one has failed the others are ended: they would wait for it.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes), "MASTER_PORT": port}
+    common |= {"MASTER_ADDR": "127.0.0.1", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", **environment}
+    argv = command_line(settings)
+    processes = [
+        _SERVER.Process(target=_run, args=(argv, str(log), {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+        for rank in range(num_processes)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        waiting = {process.sentinel: process for process in processes}
+        while waiting:
+            ended = multiprocessing.connection.wait(waiting, DEADLINE_SECONDS)
+            assert ended, f"it does not end; output so far:\n{log.read_text()}"
+            if any([waiting.pop(sentinel).exitcode for sentinel in ended]):
+                break
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
