@@ -1,7 +1,11 @@
 """Streamed text: which files are read, in what order, and packing that loses no token and resumes anywhere."""
 
+import gzip
 import json
+import random
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from upcycled_moe.common.settings import SettingsError
@@ -93,6 +97,60 @@ def test_unusable_sources_are_one_clear_error(tmp_path, name, content, message):
     assert name in str(error.value)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def _break_jsonl(path):
+    with path.open("a") as file:
+        file.write('{"text": "cut sh')
+
+
+def _break_parquet(path):
+    content = bytearray(path.read_bytes())
+    # Into the pages of the last row group; the footer stays, so that the file opens.
+    middle = len(content) * 2 // 3
+    content[middle : middle + 400] = bytes(400)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["broken.jsonl", "broken.parquet"])
+def test_a_source_that_turns_out_broken_is_named(tmp_path, name):
+    file = tmp_path / name
+    # More than the reader of JSON takes at a time.
+    texts = [random.Random(number).randbytes(1250).hex() for number in range(5000)]
+    if name.endswith("jsonl"):
+        _write_jsonl(file, texts)
+        _break_jsonl(file)
+    else:
+        pq.write_table(pa.table({"text": texts}), file, row_group_size=500, use_dictionary=False, compression="zstd")
+        _break_parquet(file)
+    stream = open_text([_write_jsonl(tmp_path / "whole.jsonl", ["whole"]), str(file)])
+    read = []
+    with pytest.raises((SettingsError, OSError)) as error:
+        read.extend(stream)
+    assert len(read) > 1000
+    assert str(error.value).startswith(f"{file}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_compressed_text_is_read(tmp_path):
+    for compression in ("gzip", "zstd"):
+        pq.write_table(pa.table({"text": [compression]}), tmp_path / f"{compression}.parquet", compression=compression)
+    with gzip.open(tmp_path / "lines_train.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"text": "größer 🐍"}) + "\n")
+    documents = list(open_text([str(tmp_path)]))
+    assert documents == [
+        {"text": "gzip", "domain": "gzip"},
+        {"text": "größer 🐍", "domain": "lines"},
+        {"text": "zstd", "domain": "zstd"},
+    ]
+
+
+def test_documents_without_text_are_empty_documents(tmp_path):
+    file = _write_jsonl(tmp_path / "some.jsonl", ["", None, "ab", ""])
+    assert [block["input_ids"] for block in pack_blocks(open_text([file]), _Characters(), 3)] == [
+        [0, 0, 97],
+        [98, 0, 0],
+    ]
 
 
 def test_packing_loses_no_token_but_the_last_incomplete_block(two_files):

@@ -1,7 +1,9 @@
 """Text that is tokenized once: reused as it is, redone when it changed, never half, and in an order by seed."""
 
 import json
+import multiprocessing
 import os
+import signal
 from itertools import islice
 
 import numpy as np
@@ -18,17 +20,19 @@ from upcycled_moe.train.token_cache import CachedTokens, tokenized_text
 class _Characters:
     """A tokenizer whose tokens are code points, and which tells of its calls in a file, for calls of other processes.
 
-    `fails_at` is a text at which it fails.
+    `fails_at` and `killed_at` are texts at which it fails, or kills its process.
     """
 
-    def __init__(self, calls, fails_at=None, eos_token_id=0):
-        self.calls, self.fails_at, self.eos_token_id = calls, fails_at, eos_token_id
+    def __init__(self, calls, fails_at="", killed_at="", eos_token_id=0):
+        self.calls, self.fails_at, self.killed_at, self.eos_token_id = calls, fails_at, killed_at, eos_token_id
 
     def __call__(self, texts, **kwargs):
         with open(self.calls, "a") as file:
             file.write(f"{os.getpid()} {len(texts)}\n")
-        if self.fails_at in texts:
+        if self.fails_at and self.fails_at in texts:
             raise OSError(28, "No space left on device")
+        if self.killed_at and self.killed_at in texts:
+            os.kill(os.getpid(), signal.SIGKILL)
         return {"input_ids": [[ord(character) for character in text] for text in texts]}
 
     def __getstate__(self):
@@ -118,6 +122,31 @@ def test_processes_tokenize_in_parallel_to_the_same_tokens(folder, calls):
 
     assert _tokenized(folder, _Characters(calls), num_workers=2)["input_ids"][:] == tokens["input_ids"][:]
     assert _num_tokenized(calls) == 0
+
+
+def test_of_several_processes_one_tokenizes(folder, calls):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_tokenized, args=(folder, _Characters(calls))) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert _num_tokenized(calls) == 254
+
+
+def test_a_process_that_is_killed_leaves_nothing_that_is_used(folder, calls):
+    """It is killed in the second batch of a file, and holds the lock then."""
+    tokenizer = _Characters(calls, killed_at="m150")
+    process = multiprocessing.get_context("fork").Process(target=_tokenized, args=(folder, tokenizer))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    # One file, and a batch and a half of the other.
+    assert _num_tokenized(calls) == 204
+
+    assert len(_tokenized(folder, _Characters(calls))) == 254
+    assert _num_tokenized(calls) == 250
 
 
 def test_a_broken_file_is_one_clear_error(folder, calls):
