@@ -4,11 +4,12 @@ import itertools
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_runs import command_line
+from training_runs import command_line, run_script
 from transformers import AutoConfig
 
 from upcycled_moe.common.flops import training_flops_per_token
@@ -162,6 +163,32 @@ def test_a_run_tells_of_a_layer_that_collapsed(settings, make_moe_checkpoint, tm
     assert len(warnings) == 1
     assert "step 4: routing has collapsed in layer 1" in warnings[0]
     assert "2 of 4 experts get none" in warnings[0]
+
+
+@pytest.mark.distributed
+def test_sharded_processes_show_what_one_shows(settings, tmp_path):
+    settings |= {"max_steps": 4, "tokens_per_step": 256, "router_probe_steps": 4}
+    reference = _train(settings, tmp_path / "one")
+    environment = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    }
+    script = Path(__file__).with_name("engines_on_cpu.py")
+    settings |= {"output_dir": tmp_path / "two"}
+    result = run_script(settings, num_processes=2, script=script, **environment)
+
+    assert result.returncode == 0, result.stderr
+    log = json.loads((tmp_path / "two" / "trainer_state.json").read_text())["log_history"]
+    for entry, expected in zip(log, reference, strict=False):
+        shown = [name for name in expected if name.startswith("grad_norm")]
+        assert len(shown) == 8
+        assert [entry[name] for name in shown] == pytest.approx([expected[name] for name in shown], rel=1e-4)
+    probes, expected = (ProbeFolder(tmp_path / name) for name in ("two", "one"))
+    assert probes.steps() == [0, 4]
+    for step in probes.steps():
+        assert torch.equal(probes.read(step), expected.read(step))
 
 
 @pytest.mark.parametrize(

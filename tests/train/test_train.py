@@ -20,6 +20,7 @@ from modeling_upcycled_moe.losses_upcycled_moe import router_losses
 from upcycled_moe.common.routing_log import read_routing
 from upcycled_moe.common.text import open_text, pack_blocks
 from upcycled_moe.train.model import risks_of
+from upcycled_moe.train.pictures import can_draw
 from upcycled_moe.train.train import main
 
 
@@ -101,6 +102,8 @@ def test_tensorboard_has_the_same_figures(short_run):
         logged = [entry[key.removeprefix("train/")] for entry in logs if "lm_loss" in entry]
         assert [event.value for event in events.Scalars(key)] == pytest.approx(logged)
     assert "eval/fiction_perplexity" in events.Tags()["scalars"]
+    if can_draw():
+        assert {"train/router_loads", "train/router_saturation"} <= set(events.Tags()["images"])
 
 
 def test_evaluation_is_the_pure_loss_over_all_tokens_of_each_domain(short_run, text_folder):
