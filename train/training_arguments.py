@@ -1,5 +1,6 @@
 """Transformers' TrainingArguments with this recipe's fields and defaults."""
 
+import importlib.util
 import math
 from dataclasses import dataclass
 
@@ -8,6 +9,13 @@ from transformers import SchedulerType, TrainingArguments
 from ..common.settings import SettingsError
 from .arguments import EngineArguments, MonitoringArguments, RecipeArguments
 from .engines import data_parallel_size
+
+
+# How the names of optimizers begin that are in a package of their own.
+OPTIMIZER_PACKAGES = {
+    "bitsandbytes": ("adamw_bnb", "adamw_8bit", "ademamix", "lion", "paged", "rmsprop_bnb"),
+    "torchao": ("adamw_torch_8bit", "adamw_torch_4bit"),
+}
 
 
 @dataclass
@@ -23,6 +31,7 @@ class UpcyclingTrainingArguments(RecipeArguments, EngineArguments, MonitoringArg
         self._check_schedule()
         self._check_monitoring()
         self._settle_gradient_checkpointing()
+        self._check_optimizer()
         if self.expected_processes is not None and self.expected_processes != self.world_size:
             raise SettingsError(
                 f"expected_processes={self.expected_processes}, but {self.world_size} started; "
@@ -44,6 +53,14 @@ class UpcyclingTrainingArguments(RecipeArguments, EngineArguments, MonitoringArg
                 f"dataloader_num_workers={self.dataloader_num_workers}: each worker would read all of the text; "
                 "use 0, or 1 to read ahead."
             )
+
+    def _check_optimizer(self):
+        for package, names in OPTIMIZER_PACKAGES.items():
+            if self.optim.startswith(names) and importlib.util.find_spec(package) is None:
+                raise SettingsError(
+                    f"optim={self.optim.value} needs {package}, which is not installed: pip install "
+                    "'upcycled-moe[optimizers]'."
+                )
 
     def _settle_gradient_checkpointing(self):
         if not self.gradient_checkpointing:

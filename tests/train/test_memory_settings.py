@@ -1,6 +1,8 @@
 """Settings that save memory: the same training with less of it, or a line that says why not."""
 
+import importlib.util
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -128,3 +130,45 @@ def test_checkpointing_that_cuts_router_losses_off_is_refused(settings, moe_chec
     settings |= {"model_name_or_path": moe_checkpoint, "output_dir": tmp_path, "gradient_checkpointing": True}
     message = _refusal(settings, capsys, gradient_checkpointing_kwargs="{use_reentrant: true}")
     assert "use_reentrant=true would cut router losses off" in message
+
+
+@pytest.mark.parametrize(
+    ("optim", "package", "bytes_per_weight"),
+    [
+        ("adafactor", "transformers", 1),
+        # Small tensors and embeddings keep float32 states.
+        ("adamw_bnb_8bit", "bitsandbytes", 5.5),
+        ("paged_adamw_8bit", "bitsandbytes", 5.5),
+        # Compiles a kernel.
+        pytest.param("adamw_torch_8bit", "torchao", 5.5, marks=pytest.mark.slow),
+    ],
+)
+def test_optimizers_with_small_states_train_and_resume_bit_by_bit(
+    settings, moe_checkpoint, tmp_path, optim, package, bytes_per_weight
+):
+    pytest.importorskip(package)
+    settings |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "optim": optim}
+    _, weights = _train(settings, moe_checkpoint, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    _, resumed = _train(settings, moe_checkpoint, tmp_path / "resumed", resume_from_checkpoint="last")
+
+    start = load_file(moe_checkpoint / "model.safetensors")
+    experts = "model.layers.1.mlp.experts.down_proj"
+    assert not torch.equal(weights[experts], start[experts])
+    for name, weight in weights.items():
+        assert torch.equal(resumed[name], weight), name
+    # AdamW's float32 moments take 8 bytes a weight.
+    num_weights = sum(weight.numel() for weight in weights.values())
+    assert (tmp_path / "whole" / "checkpoint-4" / "optimizer.pt").stat().st_size < bytes_per_weight * num_weights
+
+
+@pytest.mark.parametrize(("optim", "package"), [("paged_adamw_8bit", "bitsandbytes"), ("adamw_torch_8bit", "torchao")])
+def test_an_optimizer_that_is_not_installed_is_named(
+    settings, moe_checkpoint, tmp_path, capsys, monkeypatch, optim, package
+):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+    settings |= {"model_name_or_path": moe_checkpoint, "output_dir": tmp_path}
+    message = _refusal(settings, capsys, optim=optim)
+    assert f"optim={optim} needs {package}, which is not installed" in message
+    assert "pip install 'upcycled-moe[optimizers]'" in message
