@@ -3,6 +3,8 @@
 Dimensions: S block size.
 """
 
+import multiprocessing
+import queue
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -16,6 +18,9 @@ from .settings import SettingsError
 
 
 logger = logging.get_logger(__name__)
+
+# How long a position may be on its way from a worker whose block has arrived.
+WORKER_TIMEOUT_S = 60
 
 
 class TokenSource(Protocol):
@@ -154,12 +159,27 @@ class PackedBlocks(torch.utils.data.IterableDataset):
         self.max_read_ahead = 256
         self._start = self._beginning = {"num_blocks": 0, "source": None, "offset": 0}
         self._history = deque([self._beginning])
+        self._from_worker: multiprocessing.Queue | None = None
         BlockPacker(block_size)
+
+    def follow_worker(self) -> None:
+        """Let positions be known here too when a worker of a `DataLoader` reads the blocks; before it is started."""
+        self._from_worker = multiprocessing.Queue()
 
     @property
     def num_blocks(self) -> int:
         """How many blocks were read."""
         return self._history[-1]["num_blocks"]
+
+    def catch_up(self, num_blocks: int | None = None) -> None:
+        """Take over what a worker has read, and wait for the position after `num_blocks`, whose block is here."""
+        if self._from_worker is None:
+            return
+        while (num_blocks is not None and self.num_blocks < num_blocks) or not self._from_worker.empty():
+            try:
+                self._remember(self._from_worker.get(timeout=WORKER_TIMEOUT_S))
+            except queue.Empty:
+                return
 
     def state_dict(self, num_blocks: int | None = None) -> dict[str, Any]:
         """Return the position after `num_blocks` blocks, by default all that were read; it fits in JSON.
@@ -169,6 +189,7 @@ class PackedBlocks(torch.utils.data.IterableDataset):
         Raises:
             ValueError: if that position is not reached, or too far back to be remembered.
         """
+        self.catch_up(num_blocks)
         num_blocks = self.num_blocks if num_blocks is None else num_blocks
         index = num_blocks - self._history[0]["num_blocks"]
         if not 0 <= index < len(self._history):
@@ -181,7 +202,7 @@ class PackedBlocks(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         start, self._start = self._start, self._beginning
-        self._history = deque([start])
+        self._remember(start)
         self.source.load_state_dict(start["source"])
         return self._blocks_from(start)
 
@@ -192,12 +213,19 @@ class PackedBlocks(torch.utils.data.IterableDataset):
             after = self.source.state_dict()
             for block, num_used in packer.add(tokens[offset:]):
                 num_used += offset
-                is_whole = num_used == len(tokens)
-                self._remember(after if is_whole else before, 0 if is_whole else num_used)
+                source, begin = (after, 0) if num_used == len(tokens) else (before, num_used)
+                self._remember({"num_blocks": self.num_blocks + 1, "source": source, "offset": begin})
                 yield block
             before, offset = after, 0
 
-    def _remember(self, source: dict[str, Any] | None, offset: int) -> None:
-        self._history.append({"num_blocks": self.num_blocks + 1, "source": source, "offset": offset})
+    def _remember(self, position: dict[str, Any]) -> None:
+        if position["num_blocks"] != self.num_blocks + 1:
+            # Reading begins somewhere else.
+            self._history.clear()
+        self._history.append(position)
         while len(self._history) > self.max_read_ahead + 1:
             self._history.popleft()
+        if self._from_worker is not None and torch.utils.data.get_worker_info() is not None:
+            # A worker does not wait at its end for somebody to ask.
+            self._from_worker.cancel_join_thread()
+            self._from_worker.put(position)

@@ -117,7 +117,13 @@ class SavePositionCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         # Each process draws the blocks of all, and Accelerate's loader is one micro-batch ahead.
         num_blocks = args.per_device_train_batch_size * args.world_size
-        self.blocks.max_read_ahead = max(self.blocks.max_read_ahead, 4 * num_blocks)
+        num_batches = 4 + (args.dataloader_prefetch_factor or 0)
+        self.blocks.max_read_ahead = max(self.blocks.max_read_ahead, num_batches * num_blocks)
+        if args.dataloader_num_workers:
+            self.blocks.follow_worker()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.blocks.catch_up()
 
     def on_checkpoint(self, args, state, folder: Path) -> None:
         """Write the position into the checkpoint that is being made in `folder`."""
@@ -129,10 +135,8 @@ class SavePositionCallback(TrainerCallback):
             "blocks_per_step": num_blocks,
             "block_size": self.blocks.block_size,
             "order": self.blocks.source.describe(),
+            **self.blocks.state_dict(state.global_step * num_blocks),
         }
-        # A worker's position is out of reach: a resumed run reads the text again.
-        if not args.dataloader_num_workers:
-            position |= self.blocks.state_dict(state.global_step * num_blocks)
         _write_atomically(folder / POSITION_FILE, position)
 
 

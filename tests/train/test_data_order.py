@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from training_runs import command_line, run_script
 from transformers import TrainerState
 
@@ -108,6 +109,29 @@ def test_another_number_of_processes_sees_the_same_blocks_in_the_same_steps(text
         steps = _steps(resumed, num_processes, num_steps=30)
         assert all(block == {"input_ids": [-1]} for step in steps[:11] for block in step)
         assert steps[11:] == expected[11:]
+
+
+def test_a_worker_that_reads_ahead_tells_its_position(text):
+    expected = list(islice(_blocks(text, "streamed"), 30))
+    blocks = _blocks(text, "streamed")
+    start = None
+    for position in (7, 20):
+        # The second worker goes on where the first was left, as in a resumed run.
+        blocks.follow_worker()
+        resumable = ResumableBlocks(blocks)
+        if start is not None:
+            resumable.resume(start)
+        loader = DataLoader(resumable, batch_size=None, num_workers=1, collate_fn=lambda block: block)
+        read = list(islice(loader, position))
+        assert read[position - 6 :] == expected[position - 6 : position]
+        start = json.loads(json.dumps(blocks.state_dict(position)))
+        assert start == _position_without_worker(text, position)
+
+
+def _position_without_worker(text, num_blocks):
+    blocks = _blocks(text, "streamed")
+    list(islice(blocks, num_blocks))
+    return blocks.state_dict()
 
 
 def test_a_position_stays_small_however_long_the_documents(tmp_path):
