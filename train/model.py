@@ -116,6 +116,7 @@ def load_model(
     )
     _set_loss_chunk_tokens(model, model_args.loss_chunk_tokens)
     _check_types_can_be_sharded(model, distributed_config)
+    _check_noise_can_be_recomputed(model.config)
     return model
 
 
@@ -127,6 +128,20 @@ def _set_router_dtype(config: PreTrainedConfig, model_args: ModelArguments) -> N
             f"router_dtype=float32, but {model_args.model_name_or_path} is a {config.model_type} model without it; "
             "leave it out."
         )
+
+
+def _check_noise_can_be_recomputed(config: PreTrainedConfig) -> None:
+    """Refuse noise where Accelerate checkpoints activations: it computes them again with other noise."""
+    is_checkpointed = all(
+        strtobool(os.environ.get(name, "false")) for name in ("ACCELERATE_USE_FSDP", "FSDP_ACTIVATION_CHECKPOINTING")
+    )
+    noises = {name: getattr(config, name, 0) for name in ("router_jitter_noise", "attention_dropout")}
+    for name, value in noises.items():
+        if is_checkpointed and value:
+            raise SettingsError(
+                f"{name}={value}, but with fsdp_activation_checkpointing gradients would be of other noise; set that "
+                "to false in the accelerate configuration, and gradient_checkpointing=true here."
+            )
 
 
 def _check_types_can_be_sharded(model: PreTrainedModel, distributed_config: DistributedConfig | None) -> None:

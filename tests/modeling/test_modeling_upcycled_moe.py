@@ -5,6 +5,7 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -202,6 +203,33 @@ def test_gradient_checkpointing_changes_no_gradient(make_moe, make_tokens, field
     assert len(calls) == 3, "the layers were not recomputed"
     torch.testing.assert_close(checkpointed_loss, loss)
     torch.testing.assert_close(checkpointed, expected)
+
+
+@pytest.mark.parametrize("checkpointing", ["Transformers", "Accelerate"])
+def test_checkpointed_layers_are_recorded_once(make_moe, make_tokens, checkpointing):
+    """Their routers run again, hooks included, in the backward pass."""
+    model = make_moe(router_aux_loss_coef=0.3, router_jitter_noise=0.0 if checkpointing == "Accelerate" else 0.2)
+    tokens = make_tokens()
+    steps, states = [], []
+    for is_checkpointed in (False, True):
+        if is_checkpointed and checkpointing == "Transformers":
+            checkpoint_activations(model)
+        elif is_checkpointed:
+            # As `fsdp_activation_checkpointing` does, which keeps no random state: noise would be another one.
+            for index, layer in enumerate(model.model.layers):
+                model.model.layers[index] = checkpoint_wrapper(layer, preserve_rng_state=False)
+        model.zero_grad()
+        torch.manual_seed(1)
+        outputs = model.train()(tokens, labels=tokens, output_router_logits=True)
+        outputs.loss.backward()
+        states.append(torch.get_rng_state())
+        grads = {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in gradients(model).items()}
+        recorded = (outputs.router_logits, outputs.selected_experts, outputs.layer_router_losses)
+        steps.append((outputs.loss.detach(), grads, *recorded))
+
+    assert len(steps[1][2]) == len(steps[1][3]) == 3
+    torch.testing.assert_close(steps[1], steps[0])
+    assert torch.equal(*states)
 
 
 def test_reentrant_checkpointing_would_cut_the_router_losses_off_and_is_refused(make_moe, make_tokens):

@@ -126,6 +126,17 @@ def test_gradient_checkpointing_trains_the_same(settings, moe_checkpoint, tmp_pa
     _assert_same_training(checkpointed, plain, 1e-6)
 
 
+@pytest.mark.parametrize("noise", ["router_jitter_noise", "attention_dropout"])
+def test_noise_that_would_be_another_when_computed_again_is_refused(make_moe_checkpoint, monkeypatch, noise):
+    model_args = ModelArguments(model_name_or_path=str(make_moe_checkpoint(**{noise: 0.1})))
+    tokenizer = load_tokenizer(model_args)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    load_model(model_args, tokenizer, 64)
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    with pytest.raises(SettingsError, match=f"{noise}=0.1, but with fsdp_activation_checkpointing"):
+        load_model(model_args, tokenizer, 64)
+
+
 def test_checkpointing_that_cuts_router_losses_off_is_refused(settings, moe_checkpoint, tmp_path, capsys):
     settings |= {"model_name_or_path": moe_checkpoint, "output_dir": tmp_path, "gradient_checkpointing": True}
     message = _refusal(settings, capsys, gradient_checkpointing_kwargs="{use_reentrant: true}")
