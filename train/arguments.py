@@ -278,16 +278,30 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     Raises:
         SettingsError: at the first setting that is unknown, of the wrong type, missing, or impossible.
     """
+    return build_arguments(parse_settings(argv))
+
+
+def parse_settings(argv: Sequence[str]) -> dict[str, Any]:
+    """Return what the command line `argv` and the files that it names set, by known names and of the right types.
+
+    Raises:
+        SettingsError: at the first setting that is unknown or of the wrong type.
+    """
+    configs, overrides = parse_command_line(argv)
+    types, settings = _setting_types(), {}
+    for where, given in [*((path, load_yaml(path)) for path in configs), ("command line", overrides)]:
+        check_keys(given, types, where)
+        settings.update(given)
+    return {name: _checked(name, value, types[name]) for name, value in settings.items()}
+
+
+def _setting_types() -> dict[str, Any]:
     from .training_arguments import UpcyclingTrainingArguments
 
     groups = (ModelArguments, DataArguments, UpcyclingTrainingArguments)
-    allowed = {setting.name for group in groups for setting in fields(group) if setting.init}
-    configs, overrides = parse_command_line(argv)
-    settings: dict[str, Any] = {}
-    for where, given in [*((path, load_yaml(path)) for path in configs), ("command line", overrides)]:
-        check_keys(given, allowed, where)
-        settings.update(given)
-    return build_arguments(settings)
+    names = {setting.name for group in groups for setting in fields(group) if setting.init}
+    types = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+    return {name: types[name] for name in names}
 
 
 def build_arguments(settings: dict[str, Any]) -> Arguments:
@@ -299,7 +313,7 @@ def build_arguments(settings: dict[str, Any]) -> Arguments:
     from .training_arguments import UpcyclingTrainingArguments
 
     groups = (ModelArguments, DataArguments, UpcyclingTrainingArguments)
-    types = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+    types = _setting_types()
     settings = {name: _checked(name, value, types[name]) for name, value in settings.items()}
     for name in ("model_name_or_path", "output_dir", "train_data"):
         if not settings.get(name):
