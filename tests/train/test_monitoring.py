@@ -18,6 +18,7 @@ from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.train.arguments import parse_arguments
 from upcycled_moe.train.probes import PROBE_FOLDER, ProbeFolder, selection_overlap
 from upcycled_moe.train.train import main
+from upcycled_moe.train.trainer import UpcyclingTrainer
 
 
 NUM_EXPERTS = 4
@@ -137,6 +138,18 @@ def test_gradient_norms_of_the_groups_make_up_the_whole(settings, tmp_path):
         # Before clipping, which most of the steps need.
         assert math.hypot(*norms.values()) == pytest.approx(entry["grad_norm"], rel=1e-5)
         assert min(norms.values()) > 0
+
+
+def test_a_step_that_is_left_out_has_no_norms(settings, tmp_path, monkeypatch):
+    original = UpcyclingTrainer.compute_loss
+
+    def poisoned(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = original(self, model, inputs, num_items_in_batch=num_items_in_batch)
+        return loss * (math.nan if self.state.global_step == 1 else 1.0)
+
+    monkeypatch.setattr(UpcyclingTrainer, "compute_loss", poisoned)
+    log = _train(settings, tmp_path / "out", max_steps=3, logging_steps=1)
+    assert [any(name.startswith("grad_norm/") for name in entry) for entry in log] == [True, False, True]
 
 
 def test_use_of_the_device_follows_from_its_peak(settings, moe_checkpoint, tmp_path):
