@@ -1,16 +1,24 @@
 """Every engine trains as one process does on the same global batch, saves what loads anywhere, and resumes exactly."""
 
 import json
+import math
 import shutil
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from process_groups import run_group
 from safetensors.torch import load_file
 from training_runs import ROOT, command_line
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+from upcycled_moe.common.settings import SettingsError
+from upcycled_moe.train import engines
+from upcycled_moe.train.engines import data_parallel_size, lay_out_processes
 from upcycled_moe.train.train import main
 
 
@@ -103,10 +111,12 @@ def _config(folder):
     return json.loads((folder / "config.json").read_text())
 
 
-def _assert_same_run(output_dir, reference):
+def _assert_same_run(output_dir, reference, *, but=()):
     for entry, expected in zip(_log(output_dir), _log(reference), strict=True):
         assert entry["step"] == expected["step"]
         for key in expected:
+            if key.endswith(but):
+                continue
             if key in ROUTER_FIGURES or key.startswith("router/layer_") or key.endswith(("_loss", "_perplexity")):
                 assert entry[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), (entry["step"], key)
     weights, expected = _weights(output_dir), _weights(reference)
@@ -139,3 +149,111 @@ def test_an_engine_trains_as_one_process_and_resumes_bit_by_bit(
     expected = _weights(output_dir)
     for name, tensor in _weights(resumed).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.distributed
+def test_parts_of_a_sequence_train_as_the_whole_one(settings, tmp_path):
+    """Ring attention. The load-balancing loss is off: each part has one of its own."""
+    # AdamW would turn the rounding of its smallest gradients into steps of full size.
+    optimizer = {"optim": "sgd", "learning_rate": 0.1}
+    settings = {**settings, **optimizer, "document_mask": False, "router_aux_loss_coef": 0.0, "save_strategy": "no"}
+    assert main(command_line({**settings, "output_dir": tmp_path / "one_process"})) == 0
+    _run(settings, tmp_path / "parts", 2, FSDP | _layout(cp=2))
+    _assert_same_run(tmp_path / "parts", tmp_path / "one_process", but="aux_loss")
+    # A batch that two processes share is counted once.
+    assert "2 processes, 256 tokens a step" in (tmp_path / "parts.log").read_text()
+
+
+def _arguments(num_processes, **given):
+    return SimpleNamespace(
+        world_size=num_processes,
+        fsdp=False,
+        accelerator_config=SimpleNamespace(dispatch_batches=None),
+        **{"tensor_parallel_size": 1, "expert_parallel_size": 1, **given},
+    )
+
+
+BLOCKS = SimpleNamespace(block_size=64, document_mask=False)
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "given", "environment", "expected"),
+    [
+        (4, {}, {}, 4),
+        (4, {}, _layout(dp_replicate=2, dp_shard=2), 4),
+        (4, {}, _layout(dp_shard=2, cp=2), 2),
+        pytest.param(4, {"tensor_parallel_size": 2}, {}, 2, marks=shards_at_load),
+        pytest.param(4, {"expert_parallel_size": 2}, {}, 4, marks=shards_at_load),
+    ],
+)
+def test_batches_are_those_of_processes_that_have_their_own(monkeypatch, num_processes, given, environment, expected):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    args = _arguments(num_processes, **given)
+    lay_out_processes(args, BLOCKS)
+    assert data_parallel_size(args) == expected
+    # The first process must not deal out the batches where several processes need the same one.
+    assert args.accelerator_config.dispatch_batches is (False if expected < num_processes else None)
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "blocks", "message"),
+    [
+        ({"tensor_parallel_size": 0}, {}, {}, "tensor_parallel_size=0 must be at least 1"),
+        ({}, _layout(dp_shard=2, cp=4), {}, "dp_shard=2 x cp=4 = 8 processes, but 4 started"),
+        ({}, _layout(tp=2), {}, "parallelism_config_tp_size=2 is not supported here; .* give tensor_parallel_size"),
+        ({}, _layout(sp=4), {}, "parallelism_config_sp_size=4 is not supported here; use parallelism_config_cp_size"),
+        ({}, _layout(cp=4), {"block_size": 68}, "block_size=68 cannot be cut .* multiple of 8"),
+        ({}, _layout(cp=4), {"document_mask": True}, "set document_mask=false"),
+        pytest.param(
+            {"tensor_parallel_size": 3}, {}, {}, "does not divide the number of processes, 4", marks=shards_at_load
+        ),
+        pytest.param(
+            {"tensor_parallel_size": 4, "expert_parallel_size": 2}, {}, {}, "must be a multiple", marks=shards_at_load
+        ),
+        pytest.param({"expert_parallel_size": 2}, FSDP, {}, "not with FSDP, DeepSpeed", marks=shards_at_load),
+    ],
+)
+def test_a_layout_that_does_not_suit_is_refused_with_a_way_out(monkeypatch, given, environment, blocks, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=message):
+        lay_out_processes(_arguments(4, **given), SimpleNamespace(**{**vars(BLOCKS), **blocks}))
+
+
+def test_an_older_transformers_is_told_apart(monkeypatch):
+    @dataclass
+    class OlderConfig:
+        tp_size: int = 1
+
+    monkeypatch.setattr(engines, "DistributedConfig", OlderConfig)
+    with pytest.raises(SettingsError, match="expert_parallel_size=2 needs a newer Transformers"):
+        lay_out_processes(_arguments(4, expert_parallel_size=2), BLOCKS)
+
+
+@shards_at_load
+def test_a_wrong_number_of_processes_is_one_line(settings, tmp_path, capsys):
+    assert main(command_line({**settings, "output_dir": tmp_path / "out", "expert_parallel_size": 2})) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith(
+        "train.py: tensor_parallel_size=1, expert_parallel_size=2 does not divide"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_takes_a_ready_configuration_whose_first_line_explains_it(config):
+    assert config.read_text().startswith("# ")
+    given = launch_command_parser().parse_args(["--config_file", str(config), "train.py"])
+    given.nondefault = set()
+    args, _, _ = _validate_launch_command(given)
+    settings = yaml.safe_load(config.read_text())
+    assert args.num_processes == settings["num_processes"]
+    layout = settings.get("parallelism_config", {})
+    for name, size in layout.items():
+        assert getattr(args, name) == size
+    sizes = [size for name, size in layout.items() if name.endswith("_size")]
+    assert math.prod(sizes) in (1, args.num_processes)
+    for group in ("fsdp_config", "deepspeed_config"):
+        for name, value in settings.get(group, {}).items():
+            assert getattr(args, name) == value
