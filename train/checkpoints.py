@@ -6,6 +6,7 @@ import re
 import sys
 import zipfile
 from pathlib import Path
+from typing import Literal, get_args
 
 from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
@@ -18,6 +19,7 @@ from .errors import RunEnded
 from .staging import finish_moving_model
 
 
+Engine = Literal["fsdp", "deepspeed"]
 # The resolved settings of a run, which `--config` takes.
 CONFIG_FILE = "training_config.yaml"
 
@@ -41,7 +43,7 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     """
     wanted, output_dir = training_args.resume_from_checkpoint, training_args.output_dir
     folders = checkpoint_folders(output_dir)
-    is_sharded = _is_sharded(training_args)
+    engine = _engine_of(training_args)
     with training_args.main_process_first(local=training_args.save_on_each_node):
         if training_args.should_save:
             finish_moving_model(Path(output_dir))
@@ -49,7 +51,7 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
         raise RunEnded(0, f"{output_dir} holds the final model of step {step}; nothing is left to train.")
     if wanted in ("last", "auto"):
         for folder in reversed(folders):
-            if (fault := fault_of(folder, is_sharded)) is None:
+            if (fault := fault_of(folder, engine)) is None:
                 return _worth_resuming(folder, training_args)
             if training_args.process_index == 0:
                 print(f"train.py: warning: {folder} is passed over: {fault}.", file=sys.stderr)
@@ -60,7 +62,7 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
             "leave it out to start, or set it to auto."
         )
     if wanted is not None:
-        if (fault := fault_of(Path(wanted), is_sharded)) is not None:
+        if (fault := fault_of(Path(wanted), engine)) is not None:
             raise SettingsError(f"resume_from_checkpoint={wanted}: not a complete checkpoint: {fault}.")
         return _worth_resuming(Path(wanted), training_args)
     # The Trainer writes its state last: without it a folder is what an interrupted first save left.
@@ -99,26 +101,31 @@ def _final_step(output_dir: Path) -> int | None:
         return None
 
 
-def _is_sharded(training_args: TrainingArguments) -> bool:
-    return bool(training_args.fsdp) or bool(strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
+def _engine_of(training_args: TrainingArguments) -> Engine | None:
+    for engine in get_args(Engine):
+        if getattr(training_args, engine) or strtobool(os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false")):
+            return engine
+    return None
 
 
-def fault_of(folder: Path, is_sharded: bool) -> str | None:
+def fault_of(folder: Path, engine: Engine | None = None) -> str | None:
     """Return what the checkpoint `folder` lacks, or None if a run can go on from it exactly.
 
     The Trainer goes on from a checkpoint without an optimizer or random states too, with other weights than those of
     a run that was not interrupted, and says nothing.
 
     Args:
-        is_sharded: The run shards the model (FSDP), which has its own names for weights and optimizer.
+        engine: What shards the model of the run, with names of its own for weights and optimizer.
     """
     if not folder.is_dir():
         return "no such folder"
     try:
         _check_trainer_state(folder / TRAINER_STATE_NAME)
-        if is_sharded:
+        if engine == "fsdp":
             _check_sharded(folder, "pytorch_model_fsdp")
             _check_sharded(folder, "optimizer")
+        elif engine == "deepspeed":
+            _check_deepspeed(folder)
         else:
             _check_weights(folder)
             # Models that are sharded as they are loaded save whole weights and a sharded optimizer.
@@ -126,7 +133,8 @@ def fault_of(folder: Path, is_sharded: bool) -> str | None:
                 _check_sharded(folder, "optimizer")
             else:
                 _check_archive(folder / "optimizer.pt")
-        _check_archive(folder / "scheduler.pt")
+        if engine != "deepspeed" or (folder / "scheduler.pt").exists():
+            _check_archive(folder / "scheduler.pt")
         for name in _random_state_files(folder):
             _check_archive(folder / name)
     except _FaultError as fault:
@@ -167,6 +175,17 @@ def _check_sharded(folder: Path, name: str) -> None:
             raise _FaultError(f"{name}_0 is cut short")
     else:
         _check_archive(folder / f"{name}.bin")
+
+
+def _check_deepspeed(folder: Path) -> None:
+    """Check the folder that the file `latest` names, which DeepSpeed writes after all others."""
+    _check_exists(folder / "latest")
+    states = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+    files = list(states.glob("*_states.pt"))
+    if states == folder or not any(file.name.endswith("_model_states.pt") for file in files):
+        raise _FaultError("the folder that latest names has no model states")
+    for file in files:
+        _check_archive(file)
 
 
 def _check_weights(folder: Path) -> None:

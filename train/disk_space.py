@@ -37,8 +37,8 @@ def space_warning(args: TrainingArguments, model: nn.Module, resumed: str | None
         return None
     return (
         f"{args.output_dir} has {readable_bytes(free)} free, and this run will need about {readable_bytes(needed)}: "
-        f"{num_checkpoints} checkpoints of {readable_bytes(checkpoint)} and the final model of "
-        f"{readable_bytes(weights)}; free some space, or set a lower save_total_limit (now {args.save_total_limit})."
+        f"{num_checkpoints} x {readable_bytes(checkpoint)} for checkpoints, {readable_bytes(weights)} for the final "
+        f"model; free some space, or set a lower save_total_limit (now {args.save_total_limit})."
     )
 
 

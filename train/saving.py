@@ -163,7 +163,7 @@ class SavingMixin:
             reason = error if isinstance(error, OSError) else str(error).splitlines()[0]
             raise RunError(
                 f"{folder.name} could not be written to {self.args.output_dir} ({reason}; {readable_bytes(free)} were "
-                "free). Older checkpoints are whole; free some space or lower save_total_limit, and continue with "
+                "free). Older checkpoints are whole; remove some of them or free other space, and continue with "
                 "resume_from_checkpoint=last."
             ) from error
 

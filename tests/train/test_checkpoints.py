@@ -70,7 +70,7 @@ def test_a_broken_checkpoint_is_named_and_never_resumed(run, capsys, name, damag
     printed = capsys.readouterr().err
     assert f"warning: {newest} is passed over: {name} is" in printed
     assert f"from {run['output_dir'] / 'checkpoint-1'}" in printed
-    assert fault_of(newest, is_sharded=False) is None
+    assert fault_of(newest) is None
 
 
 def test_without_a_whole_checkpoint_last_fails_and_auto_begins_anew(run, capsys):
@@ -92,21 +92,37 @@ def test_the_random_states_of_all_processes_count(run):
     (checkpoint / "data_position.json").write_text(json.dumps({**position, "num_processes": 2}))
     (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
 
-    assert fault_of(checkpoint, is_sharded=False) == "rng_state_1.pth is missing"
+    assert fault_of(checkpoint) == "rng_state_1.pth is missing"
     shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / "rng_state_1.pth")
-    assert fault_of(checkpoint, is_sharded=False) is None
+    assert fault_of(checkpoint) is None
 
 
 def test_a_sharded_run_looks_for_its_own_files(run):
     checkpoint = run["output_dir"] / "checkpoint-2"
-    assert fault_of(checkpoint, is_sharded=True) == "pytorch_model_fsdp.bin is missing"
+    assert fault_of(checkpoint, engine="fsdp") == "pytorch_model_fsdp.bin is missing"
 
     (checkpoint / "optimizer.pt").rename(checkpoint / "optimizer.bin")
     (checkpoint / "pytorch_model_fsdp_0").mkdir()
-    assert fault_of(checkpoint, is_sharded=True) == "pytorch_model_fsdp_0 is cut short"
+    assert fault_of(checkpoint, engine="fsdp") == "pytorch_model_fsdp_0 is cut short"
     (checkpoint / "pytorch_model_fsdp_0" / ".metadata").touch()
-    assert fault_of(checkpoint, is_sharded=True) is None
-    assert fault_of(checkpoint, is_sharded=False) == "optimizer.pt is missing"
+    assert fault_of(checkpoint, engine="fsdp") is None
+    assert fault_of(checkpoint) == "optimizer.pt is missing"
+
+
+def test_a_deepspeed_run_looks_for_what_its_last_file_names(run):
+    checkpoint = run["output_dir"] / "checkpoint-2"
+    states = checkpoint / "global_step2"
+    states.mkdir()
+    for name in ("model", "optim"):
+        shutil.copy(checkpoint / "optimizer.pt", states / f"zero_pp_rank_0_mp_rank_00_{name}_states.pt")
+    assert fault_of(checkpoint, engine="deepspeed") == "latest is missing"
+
+    (checkpoint / "latest").write_text("global_step2")
+    assert fault_of(checkpoint, engine="deepspeed") is None
+    _halve(states / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    assert "optim_states.pt is empty or cut short" in fault_of(checkpoint, engine="deepspeed")
+    (checkpoint / "latest").write_text("")
+    assert "has no model states" in fault_of(checkpoint, engine="deepspeed")
 
 
 def test_resuming_keeps_to_what_can_be_resumed(run, train_files, capsys):

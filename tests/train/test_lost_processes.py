@@ -77,4 +77,4 @@ def test_a_job_that_lost_a_process_ends_and_leaves_whole_checkpoints(settings, t
         assert job.wait(timeout=120) != 0
     assert checkpoint_folders(tmp_path / "out")
     for folder in checkpoint_folders(tmp_path / "out"):
-        assert fault_of(folder, is_sharded=False) is None
+        assert fault_of(folder) is None

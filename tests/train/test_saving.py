@@ -57,7 +57,7 @@ def test_a_disk_that_will_be_full_is_warned_of_at_the_start(settings, capsys, mo
     assert main(command_line({**settings, "max_steps": 2, "save_total_limit": 1})) == 0
     [warning] = [line for line in capsys.readouterr().err.splitlines() if "free, and this run will need" in line]
     assert "has 400 kB free" in warning
-    assert "2 checkpoints of" in warning
+    assert "2 x 6" in warning
 
     # What it foretells is what the files take.
     checkpoint = settings["output_dir"] / "checkpoint-2"
