@@ -24,7 +24,7 @@ from modeling_upcycled_moe.selection_upcycled_moe import routing_log_probabiliti
 
 
 # Tokens, of all layers together, that are counted at a time, so that the memory for it does not grow with the batch.
-CHUNK_TOKENS = 65536
+CHUNK_TOKENS = 16384
 
 
 class RouterStatistics:
@@ -81,7 +81,8 @@ class RouterStatistics:
         )
         self.selected += counts.view(num_layers, num_experts + 1)[:, :-1]
         entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)  # [L, T]
-        variance = logits.float().var(dim=-1, correction=0)  # [L, T]
+        logits = logits.float()
+        variance = (logits - logits.mean(dim=-1, keepdim=True)).square_().mean(dim=-1)  # [L, T]
         self.entropy += entropy.to(counted) @ counted
         self.variance += variance.to(counted) @ counted
 
