@@ -7,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..common.settings import SettingsError
 from .recipe_options import add_places, add_recipe_options, open_model, recipe_from
 
 
 if TYPE_CHECKING:
     from ..conversion.plan import ConversionPlan
+
+TRAINING_OPTIONS = ("accelerate", "num_processes", "gpu", "gpu_memory", "mfu")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -19,9 +22,10 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "plan",
         usage="%(prog)s [DENSE [OUT]] [options]",
-        help="show what a conversion would write",
+        help="show what a conversion would write, and what training would need",
         description="Show every tensor, file and byte that a conversion would write, and write nothing. A single "
-        "argument is DENSE; it wins over the recipe's model.",
+        "argument is DENSE; it wins over the recipe's model. With --train also what training the result would cost; "
+        "then DENSE may be a MoE checkpoint as well, of which nothing is converted.",
     )
     add_places(
         parser,
@@ -29,12 +33,44 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "folder to check the free disk of (default: .)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--train",
+        nargs="+",
+        metavar="FILE|KEY=VALUE",
+        help="settings of train/train.py: files, and single ones that win over them; shows memory per GPU, tokens, "
+        "FLOPs and hours of the run",
+    )
+    training.add_argument("--accelerate", metavar="FILE", help="configuration of accelerate launch (default: one GPU)")
+    training.add_argument("--num-processes", type=int, metavar="N", help="GPUs, if not as --accelerate says")
+    training.add_argument("--gpu", metavar="NAME", help="such as h100 or a100-40gb (default: the one here, if any)")
+    training.add_argument("--gpu-memory", metavar="SIZE", help="memory of a GPU, e.g. 80GB (default: that of the GPU)")
+    training.add_argument(
+        "--mfu",
+        type=float,
+        metavar="SHARE",
+        help="share of the GPU's peak that the run is assumed to reach, for the hours (default: 0.4)",
+    )
     add_recipe_options(parser)
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    if options.train is not None:
+        from .training_plan import run_training_plan
+
+        return run_training_plan(options)
+    for name in TRAINING_OPTIONS:
+        if getattr(options, name) is not None:
+            raise SettingsError(f"--{name.replace('_', '-')} is of the plan of a training run; give --train too.")
+    plan, out = plan_conversion(options)
+    print_plan(plan, out, options.json)
+    return 0
+
+
+def plan_conversion(options: argparse.Namespace) -> tuple["ConversionPlan", Path]:
+    """Return the plan of the conversion that `options` ask for, and the folder that it would go to."""
     dense, out = [*options.places, *(None, ".")[len(options.places) :]]
     recipe = recipe_from(options, dense)
 
@@ -43,8 +79,7 @@ def run(options: argparse.Namespace) -> int:
 
     quiet_libraries()
     source, recipe = open_model(recipe, weights=False)
-    print_plan(build_plan(source, recipe), Path(out), options.json)
-    return 0
+    return build_plan(source, recipe), Path(out)
 
 
 def print_plan(plan: "ConversionPlan", out: Path, as_json: bool) -> None:

@@ -65,3 +65,24 @@ def parse_override(argument: str) -> tuple[str, Any]:
         return key, yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise SettingsError(f"{argument!r}: the value is not YAML ({' '.join(str(error).split())}).") from error
+
+
+def parse_size(name: str, text: str) -> int:
+    """Return the bytes that `text` says, e.g. 5GB (kB, MB, GB and TB are powers of 1000, KiB to TiB of 1024).
+
+    Raises:
+        SettingsError: if it is no size above zero; the message calls the setting `name`.
+    """
+    number = text.strip().rstrip("KMGTiBkmgtb")
+    units = {"": 1, "B": 1}
+    for power, prefix in enumerate("KMGT", start=1):
+        units[f"{prefix}B"] = 1000**power
+        units[f"{prefix}IB"] = 1024**power
+    unit = text.strip()[len(number) :].upper()
+    try:
+        size = int(float(number) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise SettingsError(f"{name}={text!r} is not a size; write e.g. 500MB or 5GB.") from None
+    if size < 1:
+        raise SettingsError(f"{name}={text!r} must be above zero.")
+    return size

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..common.settings import SettingsError, check_keys
+from ..common.settings import SettingsError, check_keys, parse_size
 
 
 # What the settings have to know of a router. Logits of those that start from text are of any size.
@@ -322,22 +322,7 @@ class ConversionRecipe:
     @property
     def max_shard_bytes(self) -> int:
         """`max_shard_size` in bytes (kB, MB, GB and TB are powers of 1000, KiB to TiB of 1024)."""
-        text = self.max_shard_size.strip()
-        number = text.rstrip("KMGTiBkmgtb")
-        units = {"": 1, "B": 1}
-        for power, prefix in enumerate("KMGT", start=1):
-            units[f"{prefix}B"] = 1000**power
-            units[f"{prefix}IB"] = 1024**power
-        unit = text[len(number) :].upper()
-        try:
-            size = int(float(number) * units[unit])
-        except (ValueError, KeyError, OverflowError):
-            raise SettingsError(
-                f"max_shard_size={self.max_shard_size!r} is not a size; write e.g. 500MB or 5GB."
-            ) from None
-        if size < 1:
-            raise SettingsError(f"max_shard_size={self.max_shard_size!r} must be above zero.")
-        return size
+        return parse_size("max_shard_size", self.max_shard_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as they would stand in a recipe file."""

@@ -223,7 +223,7 @@ def weights_of(config: Any) -> Weights:
     return Weights(tuple(ends), tuple(map(tuple, dense)), tuple(map(tuple, experts)))
 
 
-def estimate_memory(config: Any, layout: Layout) -> MemoryEstimate:
+def estimate_memory(config: Any, layout: Layout, weights: Weights | None = None) -> MemoryEstimate:
     """Return the memory of a training step on each GPU.
 
     Weights, gradients and optimizer follow from the shapes of the weights; `activation_bytes` and `loss_bytes` say
@@ -233,8 +233,9 @@ def estimate_memory(config: Any, layout: Layout) -> MemoryEstimate:
     Args:
         config: of the model to train: one of this package's, or a dense or MoE one of Transformers'.
         layout: the rest.
+        weights: those of `config`, if they are known already.
     """
-    weights = weights_of(config)
+    weights = weights or weights_of(config)
     shards = layout.num_shards
     total = num_elements(weights.shapes)
     embedding = config.vocab_size * config.hidden_size
@@ -251,6 +252,9 @@ def estimate_memory(config: Any, layout: Layout) -> MemoryEstimate:
     if accumulated and layout.engine == "fsdp2" and not layout.sync_each_batch:
         # Until the last micro-batch of a step each process holds the whole model's gradients, not its shard.
         accumulated = total * layout.compute_bytes
+        held["notes"] += (
+            "Between micro-batches every GPU holds the gradients of all weights; sync_each_batch shards them.",
+        )
     layer_bytes = [activation_bytes(config, layout, is_moe) for is_moe in moe_pattern(config)]
     kept, rebuilt = sum(layer_bytes), 0
     if layout.gradient_checkpointing:

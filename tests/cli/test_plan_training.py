@@ -1,0 +1,166 @@
+"""`upcycled-moe plan --train`: what a run will cost, of a dense checkpoint and of one with experts."""
+
+import json
+import math
+import struct
+from pathlib import Path
+
+import pytest
+from transformers import Qwen2Config, Qwen2MoeConfig
+
+import upcycled_moe.train
+from modeling_upcycled_moe import UpcycledQwenMoeConfig
+from upcycled_moe.common.flops import GPUS, training_flops_per_token
+from upcycled_moe.conversion.source import expected_shapes
+
+
+CONFIGS = Path(upcycled_moe.train.__file__).parent / "configs"
+QWEN2_5_7B = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 32768,
+}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
+RECIPE = CONFIGS / "router_upcycling.yaml"
+FSDP2 = CONFIGS / "accelerate" / "fsdp2.yaml"
+
+
+@pytest.fixture(scope="module")
+def moe_7b(tmp_path_factory):
+    """Folder with a configuration only: a plan reads no weights of a model that is not converted."""
+    folder = tmp_path_factory.mktemp("models") / "moe"
+    UpcycledQwenMoeConfig(**QWEN2_5_7B, **EXPERTS).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense_7b(tmp_path_factory):
+    """A checkpoint whose weights are a hole: of full size, but empty on the disk."""
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    config = Qwen2Config(**QWEN2_5_7B, architectures=["Qwen2ForCausalLM"])
+    header, end = {}, 0
+    for name, shape in expected_shapes(config).items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    config.save_pretrained(folder)
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return folder
+
+
+@pytest.fixture
+def training_plan(upcycled_moe):
+    """`training_plan(…)`: what `plan … --json` says of training."""
+
+    def plan(*arguments):
+        status, out, err = upcycled_moe("plan", *arguments, "--json")
+        assert status == 0, err
+        return json.loads(out)["training"]
+
+    return plan
+
+
+def test_a_dense_checkpoint_is_planned_as_what_it_becomes(training_plan, dense_7b, moe_7b):
+    training = ["--train", RECIPE, "--accelerate", FSDP2]
+    dense = training_plan(dense_7b, "--router", "linear", *training)
+    moe = training_plan(moe_7b, *training)
+    # Its mixture routers alone make the difference.
+    assert dense["memory_per_gpu"]["weights"] == pytest.approx(moe["memory_per_gpu"]["weights"], rel=0.02)
+    config = UpcycledQwenMoeConfig(**QWEN2_5_7B, **EXPERTS, router_type="linear")
+    assert dense["flops_per_token"] == training_flops_per_token(config, 4096)
+
+
+def test_the_figures_follow_from_the_settings(training_plan, moe_7b):
+    plan = training_plan(moe_7b, "--train", RECIPE, "max_steps=100", "--accelerate", FSDP2, "--gpu", "h100")
+    layout = plan["layout"]
+    assert (layout["num_processes"], layout["engine"], layout["mixed_precision"]) == (8, "fsdp2", "bfloat16")
+    assert (layout["micro_batch_size"], layout["gradient_accumulation_steps"]) == (4, 32)
+    assert plan["tokens_per_step"] == 4194304
+    assert plan["total_tokens"] == 100 * 4194304
+    assert plan["total_flops"] == plan["total_tokens"] * plan["flops_per_token"]
+    assert plan["hours"] == pytest.approx(plan["total_flops"] / (8 * 0.4 * 989e12) / 3600)
+    assert plan["gpu_memory_bytes"] == GPUS["h100"].memory_gb * 10**9
+    assert plan["missing_bytes"] == plan["memory_per_gpu"]["total_bytes"] - plan["gpu_memory_bytes"]
+    assert "sync_each_batch" in plan["memory_per_gpu"]["notes"][0]
+
+
+def test_what_is_given_on_the_command_line_wins(training_plan, moe_7b):
+    plan = training_plan(
+        *(moe_7b, "--train", RECIPE, "tokens_per_step=65536", "per_device_train_batch_size=2", "--accelerate", FSDP2),
+        *("--num-processes", "2", "--gpu", "h100", "--gpu-memory", "100GiB", "--mfu", "0.2"),
+    )
+    assert plan["layout"]["gradient_accumulation_steps"] == 4
+    assert plan["gpu_memory_bytes"] == 100 * 2**30
+    assert plan["hours"] == pytest.approx(plan["total_flops"] / (2 * 0.2 * 989e12) / 3600)
+
+
+def test_what_does_not_fit_gets_advice_that_does(upcycled_moe, training_plan, moe_7b):
+    command = (moe_7b, "--train", RECIPE, "--accelerate", CONFIGS / "accelerate" / "ddp.yaml", "--gpu-memory", "80GB")
+    plan = training_plan(*command)
+    assert plan["missing_bytes"] > 0
+    assert set(plan["remedies"]) >= {"gradient_checkpointing=true", "optim=adamw_bnb_8bit", "all of these"}
+    assert all(size < plan["memory_per_gpu"]["total_bytes"] for size in plan["remedies"].values())
+    assert list(plan["remedies"].values())[-1] <= 80e9
+    status, out, _ = upcycled_moe("plan", *command)
+    assert status == 0
+    assert "Does not fit into 80 GB" in out
+    assert list(plan["remedies"])[-1] in out
+
+
+def test_a_stock_moe_fits_without_a_word_of_conversion(upcycled_moe, tmp_path):
+    Qwen2MoeConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
+    ).save_pretrained(tmp_path)
+    status, out, _ = upcycled_moe("plan", tmp_path, "--train", CONFIGS / "small.yaml", "--gpu-memory", "24GB")
+    assert status == 0
+    assert "Fits into 24 GB" in out
+    assert "Preserves the function" not in out
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (CONFIGS / "accelerate").glob("*.yaml")))
+def test_every_configuration_of_accelerate_is_understood(training_plan, moe_7b, name):
+    plan = training_plan(moe_7b, "--train", RECIPE, "--accelerate", CONFIGS / "accelerate" / name)
+    engines = {"deepspeed_zero3": "zero3", "fsdp2": "fsdp2", "hsdp_nodes": "fsdp2", "context_parallel": "fsdp2"}
+    assert plan["layout"]["engine"] == engines.get(name.removesuffix(".yaml"), "ddp")
+    assert plan["layout"]["shard_size"] == (8 if name in ("hsdp_nodes.yaml", "context_parallel.yaml") else None)
+
+
+def test_experts_are_shared_out_at_load(training_plan, moe_7b):
+    settings = ["--train", RECIPE, "expert_parallel_size=8", "--num-processes", 8]
+    assert training_plan(moe_7b, *settings)["layout"]["engine"] == "load"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train", RECIPE, "max_step=3"], "unknown key 'max_step'; did you mean 'max_steps'?"),
+        (["--train", "absent.yaml"], "absent.yaml: cannot be read"),
+        (["--train", RECIPE, "--gpu", "h101"], "--gpu 'h101' is not known; known:"),
+        (["--train", RECIPE, "--gpu-memory", "many"], "--gpu-memory='many' is not a size"),
+        (["--train", RECIPE, "--mfu", "40"], "--mfu 40 is outside (0, 1]."),
+        (["--train", RECIPE, "--num-processes", "0"], "--num-processes 0 must be at least 1."),
+        (["--train", RECIPE, "--accelerate", RECIPE], "unknown key 'block_size'"),
+        (["--train", RECIPE, "tokens_per_step=5"], "tokens_per_step=5 is not a multiple of 16384"),
+        (["--train", RECIPE, "tensor_parallel_size=3"], "num_processes=1 is not a multiple of"),
+        (["--gpu", "h100"], "--gpu is of the plan of a training run; give --train too."),
+    ],
+)
+def test_wrong_settings_are_one_line(upcycled_moe, moe_7b, arguments, message):
+    status, out, err = upcycled_moe("plan", moe_7b, *arguments)
+    assert status == 2
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_no_checkpoint_is_an_error(upcycled_moe):
+    status, _, err = upcycled_moe("plan", "--train", RECIPE)
+    assert status == 2
+    assert "the checkpoint is missing: give it as DENSE" in err
