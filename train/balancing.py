@@ -49,6 +49,11 @@ class BalancingMixin:
                 module.expert_node = self.node
 
     def _check_biases_can_be_sharded(self) -> None:
+        if self.is_deepspeed_enabled and self.accelerator.mixed_precision != "no":
+            raise SettingsError(
+                "use_router_bias=True: with mixed precision DeepSpeed converts the routers' biases too, where small "
+                "steps get lost; train with FSDP2, or with mixed_precision: 'no' and no bf16."
+            )
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.fsdp_version == 1:
             raise SettingsError(

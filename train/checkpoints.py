@@ -15,6 +15,7 @@ from transformers.utils import CONFIG_NAME, strtobool
 
 from ..common.settings import SettingsError
 from .data import read_position
+from .engines import DEEPSPEED_FILE, OPTIMIZER_FOLDER
 from .errors import RunEnded
 from .staging import finish_moving_model
 
@@ -129,8 +130,10 @@ def fault_of(folder: Path, engine: Engine | None = None) -> str | None:
         else:
             _check_weights(folder)
             # Models that are sharded as they are loaded save whole weights and a sharded optimizer.
-            if (folder / "optimizer_0").is_dir():
+            if (folder / OPTIMIZER_FOLDER).is_dir():
                 _check_sharded(folder, "optimizer")
+            elif (folder / DEEPSPEED_FILE).is_file():
+                _check_deepspeed(folder)
             else:
                 _check_archive(folder / "optimizer.pt")
         if engine != "deepspeed" or (folder / "scheduler.pt").exists():
@@ -178,12 +181,12 @@ def _check_sharded(folder: Path, name: str) -> None:
 
 
 def _check_deepspeed(folder: Path) -> None:
-    """Check the folder that the file `latest` names, which DeepSpeed writes after all others."""
-    _check_exists(folder / "latest")
-    states = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+    """Check the folder that a file of DeepSpeed names, which it writes after all others."""
+    _check_exists(folder / DEEPSPEED_FILE)
+    states = folder / (folder / DEEPSPEED_FILE).read_text(encoding="utf-8").strip()
     files = list(states.glob("*_states.pt"))
     if states == folder or not any(file.name.endswith("_model_states.pt") for file in files):
-        raise _FaultError("the folder that latest names has no model states")
+        raise _FaultError(f"the folder that {DEEPSPEED_FILE} names has no model states")
     for file in files:
         _check_archive(file)
 

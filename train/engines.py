@@ -25,6 +25,8 @@ from .arguments import DataArguments, EngineArguments
 
 # The folder that fully sharded optimizers of Accelerate are in too, whose `.metadata` is written last.
 OPTIMIZER_FOLDER = "optimizer_0"
+# It names the folder beside it that holds what DeepSpeed's processes go on from.
+DEEPSPEED_FILE = "latest"
 
 
 def launcher_size(dimension: str) -> int:
@@ -42,6 +44,11 @@ def data_parallel_size(args: TrainingArguments) -> int:
 def shards_at_load(args: EngineArguments) -> bool:
     """Return whether Transformers shards the model as it is loaded."""
     return args.tensor_parallel_size > 1 or args.expert_parallel_size > 1
+
+
+def uses_deepspeed(args: TrainingArguments) -> bool:
+    """Return whether DeepSpeed runs the model."""
+    return bool(args.deepspeed) or bool(strtobool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")))
 
 
 def lay_out_processes(args: TrainingArguments, data_args: DataArguments) -> None:
@@ -124,7 +131,26 @@ def distributed_config(args: TrainingArguments) -> DistributedConfig | None:
 
 
 def weights_at_load(args: TrainingArguments, checkpoint: str | None) -> str | None:
-    """Return `checkpoint` if its weights have to be there as the model is loaded, and sharded; else None."""
+    """Return `checkpoint` if its weights have to be there as the model is loaded, and sharded; else None.
+
+    Raises:
+        SettingsError: if its optimizer was sharded in another way than this run's.
+    """
+    if checkpoint is None:
+        return None
+    for name, is_used, was_used in (
+        ("DeepSpeed", uses_deepspeed(args), Path(checkpoint, DEEPSPEED_FILE).is_file()),
+        (
+            "tensor_parallel_size or expert_parallel_size above 1",
+            shards_at_load(args),
+            Path(checkpoint, OPTIMIZER_FOLDER).is_dir() and not any(Path(checkpoint).glob("pytorch_model_fsdp*")),
+        ),
+    ):
+        if is_used != was_used:
+            raise SettingsError(
+                f"{checkpoint} was saved {'with' if was_used else 'without'} {name}, and its optimizer is only "
+                "resumed in the same way; do so, or start a new run from it with model_name_or_path."
+            )
     return checkpoint if shards_at_load(args) else None
 
 
@@ -170,20 +196,11 @@ class EnginesMixin:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        folder = Path(checkpoint, OPTIMIZER_FOLDER)
-        if folder.is_dir() != shards_at_load(self.args):
-            raise SettingsError(
-                f"{checkpoint} was saved {'with' if folder.is_dir() else 'without'} tensor_parallel_size or "
-                "expert_parallel_size above 1, and its optimizer is only resumed in the same way; change them, or "
-                "start a new run from it with model_name_or_path."
-            )
-        if not shards_at_load(self.args):
+        if checkpoint is None or not shards_at_load(self.args):
             return super()._load_optimizer_and_scheduler(checkpoint)
         from transformers.distributed.checkpoint import load_optimizer_distributed
 
-        load_optimizer_distributed(self.model, self.optimizer.optimizer, str(folder))
+        load_optimizer_distributed(self.model, self.optimizer.optimizer, str(Path(checkpoint, OPTIMIZER_FOLDER)))
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
 
