@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from .checkpoints import checkpoint_folders
+from .memory import ADAM_STATES, STATE_BYTES, STATES
 
 
 def readable_bytes(num_bytes: float) -> str:
@@ -58,13 +59,13 @@ def _num_new_checkpoints(args: TrainingArguments, first_step: int, num_existing:
 
 
 def _optimizer_bytes(args: TrainingArguments, model: nn.Module) -> int:
-    """Return the size of AdamW's two moments, in a byte each for optimizers that keep them so."""
+    """Return the size of what the optimizer keeps: AdamW's two moments, unless it is known to be another."""
     if args.save_only_model:
         return 0
-    return sum(
-        2 * parameter.numel() * (1 if "8bit" in args.optim else parameter.itemsize)
-        for parameter in model.parameters()
-        if parameter.requires_grad
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    num_states = STATES.get(args.optim, ADAM_STATES)
+    return round(
+        sum(parameter.numel() * STATE_BYTES.get(args.optim, num_states * parameter.itemsize) for parameter in trained)
     )
 
 
