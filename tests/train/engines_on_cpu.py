@@ -51,6 +51,8 @@ def offer_engines_on_cpu() -> None:
 
         # A faster exchange within a machine, which is compiled where it is first used.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+        PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
         return
     AcceleratorState.__init__ = _init_as_on_accelerators
     ring.custom_ops |= dict.fromkeys((FORWARD, BACKWARD), _ring_attention_on_cpu)

@@ -18,7 +18,8 @@ from transformers.distributed import DistributedConfig
 
 from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.train import engines
-from upcycled_moe.train.engines import data_parallel_size, lay_out_processes
+from upcycled_moe.train.balancing import BalancingMixin
+from upcycled_moe.train.engines import data_parallel_size, lay_out_processes, weights_at_load
 from upcycled_moe.train.train import main
 
 
@@ -31,6 +32,19 @@ FSDP = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+}
+
+DEEPSPEED = {
+    "DS_ACCELERATOR": "cpu",
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "UpcycledQwenMoeSparseMoeBlock",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto",
+    "ACCELERATE_GRADIENT_CLIPPING": "auto",
 }
 
 
@@ -257,3 +271,38 @@ def test_accelerate_takes_a_ready_configuration_whose_first_line_explains_it(con
     for group in ("fsdp_config", "deepspeed_config"):
         for name, value in settings.get(group, {}).items():
             assert getattr(args, name) == value
+
+
+@pytest.mark.parametrize(
+    ("fsdp_version", "is_deepspeed_enabled", "message"), [(1, False, "set fsdp_version to 2"), (2, True, "no bf16")]
+)
+def test_engines_that_convert_biases_are_refused(fsdp_version, is_deepspeed_enabled, message):
+    """FSDP version 1 and mixed precision of DeepSpeed, which themselves do not start on a CPU."""
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=fsdp_version))
+    accelerator = SimpleNamespace(state=state, mixed_precision="bf16")
+    trainer = SimpleNamespace(accelerator=accelerator, is_deepspeed_enabled=is_deepspeed_enabled)
+    with pytest.raises(SettingsError, match=message):
+        BalancingMixin._check_biases_can_be_sharded(trainer)
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "message"),
+    [
+        (["latest"], {}, "was saved with DeepSpeed"),
+        (["optimizer_0/.metadata"], {}, "was saved with tensor_parallel_size"),
+        (["optimizer.pt"], {"deepspeed": "zero3.json"}, "was saved without DeepSpeed"),
+        (["optimizer.pt"], {"expert_parallel_size": 2}, "was saved without tensor_parallel_size"),
+        (["optimizer_0/.metadata", "pytorch_model_fsdp_0/.metadata"], {}, None),
+        (["optimizer.pt"], {}, None),
+    ],
+)
+def test_an_optimizer_that_another_engine_sharded_is_refused(tmp_path, files, given, message):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    args = _arguments(4, **{"deepspeed": None, **given})
+    if message is None:
+        assert weights_at_load(args, str(tmp_path)) is None
+    else:
+        with pytest.raises(SettingsError, match=message):
+            weights_at_load(args, str(tmp_path))
