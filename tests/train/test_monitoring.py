@@ -4,12 +4,12 @@ import itertools
 import json
 import math
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from process_groups import run_group
 from safetensors.torch import load_file, save_file
-from training_runs import command_line, run_script
+from training_runs import command_line
 from transformers import AutoConfig
 
 from upcycled_moe.common.flops import training_flops_per_token
@@ -188,11 +188,10 @@ def test_sharded_processes_show_what_one_shows(settings, tmp_path):
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     }
-    script = Path(__file__).with_name("engines_on_cpu.py")
     settings |= {"output_dir": tmp_path / "two"}
-    result = run_script(settings, num_processes=2, script=script, **environment)
+    statuses = run_group(settings, tmp_path / "output.txt", num_processes=2, **environment)
 
-    assert result.returncode == 0, result.stderr
+    assert statuses == [0, 0], (tmp_path / "output.txt").read_text()
     log = json.loads((tmp_path / "two" / "trainer_state.json").read_text())["log_history"]
     for entry, expected in zip(log, reference, strict=False):
         shown = [name for name in expected if name.startswith("grad_norm")]
