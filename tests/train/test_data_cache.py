@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
+from contextlib import suppress
 from itertools import islice
 
 import numpy as np
@@ -26,7 +28,13 @@ class _Characters:
     def __init__(self, calls, fails_at="", killed_at="", eos_token_id=0):
         self.calls, self.fails_at, self.killed_at, self.eos_token_id = calls, fails_at, killed_at, eos_token_id
 
+    # Where a call waits for one of another process, which should never come.
+    meeting = None
+
     def __call__(self, texts, **kwargs):
+        if self.meeting is not None:
+            with suppress(threading.BrokenBarrierError):
+                self.meeting.wait(timeout=0.5)
         with open(self.calls, "a") as file:
             file.write(f"{os.getpid()} {len(texts)}\n")
         if self.fails_at and self.fails_at in texts:
@@ -126,7 +134,9 @@ def test_processes_tokenize_in_parallel_to_the_same_tokens(folder, calls):
 
 def test_of_several_processes_one_tokenizes(folder, calls):
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_tokenized, args=(folder, _Characters(calls))) for _ in range(3)]
+    tokenizer = _Characters(calls)
+    tokenizer.meeting = context.Barrier(2)
+    processes = [context.Process(target=_tokenized, args=(folder, tokenizer)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
