@@ -17,6 +17,7 @@ from modeling_upcycled_moe import (
 
 
 CODE_FILES = {
+    "chunked_loss_upcycled_moe.py",
     "configuration_upcycled_moe.py",
     "losses_upcycled_moe.py",
     "modeling_upcycled_moe.py",
