@@ -65,7 +65,20 @@ RECIPE_OPTIONS = [
 
 # What scripts rely on. A change here is a change for everyone who has one.
 COMMANDS = {
-    "plan": ["DENSE", "OUT", "-h", "--help", "--json", *RECIPE_OPTIONS],
+    "plan": [
+        "DENSE",
+        "OUT",
+        "-h",
+        "--help",
+        "--json",
+        "--train",
+        "--accelerate",
+        "--num-processes",
+        "--gpu",
+        "--gpu-memory",
+        "--mfu",
+        *RECIPE_OPTIONS,
+    ],
     "convert": [
         "DENSE",
         "OUT",
