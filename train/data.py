@@ -67,9 +67,18 @@ def collate_blocks_for_flash_attention(blocks: Sequence[Mapping[str, Any]]) -> d
 
 
 def choose_collator(
-    attn_implementation: str | None, args: TrainingArguments
+    attn_implementation: str | None, args: TrainingArguments, document_mask: bool
 ) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
-    """Return what makes batches of blocks for a model with that attention; to be called before the Trainer is made."""
+    """Return what makes batches of blocks for a model with that attention; to be called before the Trainer is made.
+
+    Raises:
+        SettingsError: if the run keeps attention from telling documents apart.
+    """
+    if document_mask and args.use_cache:
+        raise SettingsError(
+            "use_cache=true: with a cache, attention does not tell packed documents apart; leave it out, or set "
+            "document_mask=false."
+        )
     if "flash" not in (attn_implementation or ""):
         return collate_blocks
     # Otherwise Accelerate's first process reads for all, and would cut the bounds as it cuts the batch.

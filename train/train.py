@@ -103,7 +103,7 @@ def train(arguments: Arguments) -> None:
         args=training_args,
         train_dataset=blocks,
         eval_dataset=eval_sets,
-        data_collator=choose_collator(model.config._attn_implementation, training_args),
+        data_collator=choose_collator(model.config._attn_implementation, training_args, data_args.document_mask),
         processing_class=tokenizer,
         callbacks=[SavePositionCallback(packed)],
     )

@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from modeling_upcycled_moe import UpcycledQwenMoeConfig, UpcycledQwenMoeForCausalLM
 from modeling_upcycled_moe.losses_upcycled_moe import router_losses
 from upcycled_moe.common.packing import BlockPacker
+from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.common.text import TextSource, TextStream, open_text, pack_blocks
 from upcycled_moe.train.data import (
     blocks_by_domain,
@@ -152,11 +153,18 @@ def test_flash_attention_is_given_the_bounds_of_documents_in_batches_of_many_blo
 
 def test_only_flash_attention_needs_the_bounds(tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    assert choose_collator("sdpa", args) is collate_blocks
+    assert choose_collator("sdpa", args, True) is collate_blocks
     assert args.accelerator_config.dispatch_batches is None
-    assert choose_collator("flash_attention_2", args) is collate_blocks_for_flash_attention
+    assert choose_collator("flash_attention_2", args, True) is collate_blocks_for_flash_attention
     # A first process that reads for all would cut the bounds as it cuts the batch.
     assert args.accelerator_config.dispatch_batches is False
+
+
+def test_a_cache_from_which_attention_cannot_tell_documents_apart_is_refused(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", use_cache=True)
+    with pytest.raises(SettingsError, match="use_cache=true"):
+        choose_collator("sdpa", args, True)
+    assert choose_collator("sdpa", args, False) is collate_blocks
 
 
 class _CountingStream:

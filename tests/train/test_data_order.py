@@ -178,7 +178,7 @@ def test_a_position_of_an_earlier_version_reads_the_text_again(text, tmp_path):
 
 
 @pytest.mark.distributed
-def test_a_run_goes_on_with_two_processes_where_one_stopped(settings, moe_checkpoint, tmp_path, cache):
+def test_a_run_goes_on_with_two_processes_where_one_stopped(settings, moe_checkpoint, tmp_path):
     """Tokenized once by whoever comes first, weighed, and packed with documents apart."""
     settings |= {"model_name_or_path": moe_checkpoint, "tokens_per_step": 256, "streaming": False, "max_steps": 4}
     settings |= {"domain_weights": "{detective: 1, travel: 2}", "save_strategy": "steps", "save_steps": 2}
