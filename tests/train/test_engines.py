@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -68,6 +69,14 @@ ENGINES = [
         {},
         id="tensors_experts_shards",
         marks=shards_at_load,
+    ),
+    pytest.param(
+        2,
+        # With use_cpu Accelerate passes over DeepSpeed.
+        {"use_cpu": False},
+        DEEPSPEED,
+        id="zero3",
+        marks=pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed"),
     ),
     pytest.param(4, {"expert_parallel_size": 2}, {}, id="experts_shards", marks=[shards_at_load, pytest.mark.slow]),
 ]
