@@ -16,7 +16,7 @@ Several, on the GPUs of a node, whole models or sharded (FSDP2):
 Continue a run that was stopped: the same command with resume_from_checkpoint=last.
 
 Writes checkpoints, the final model with its tokenizer, and the resolved settings to OUT. Exit status: 0 done, 1 failed
-at run time, 2 wrong settings or input, 130 interrupted.
+at run time, 2 wrong settings or input, 130 interrupted; 143 after SIGTERM and 138 after SIGUSR1, with a checkpoint.
 """
 
 import atexit
