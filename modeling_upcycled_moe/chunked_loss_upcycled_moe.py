@@ -104,6 +104,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
                     weight_gradient.addmm_(logit_gradient.T, chunk)
                 elif weight_gradient is not None:
                     weight_gradient += logit_gradient.T @ chunk
+                # Or it would stay beside the logits of the next chunk.
+                del logit_gradient
         ctx.gradients = (token_gradient, weight_gradient)
         return total
 

@@ -172,12 +172,12 @@ def _peak_bytes(chunk_tokens, has_hook):
     return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
-@pytest.mark.parametrize("has_hook", [False, True])
-def test_no_more_than_a_chunk_of_logits_is_in_memory(has_hook):
+@pytest.mark.parametrize(("has_hook", "num_chunks"), [(False, 1), (True, 3)])
+def test_no_more_than_a_chunk_of_logits_is_in_memory(has_hook, num_chunks):
     logits_bytes = 4096 * 2048 * 4
     assert _peak_bytes(4096, has_hook) > logits_bytes
-    # Beside a chunk: the hidden states, the weight, and their gradients.
-    assert _peak_bytes(128, has_hook) < logits_bytes / 8
+    # Beside chunks: the hidden states, the weight, and their gradients, 3 % of the logits.
+    assert _peak_bytes(128, has_hook) < logits_bytes * (0.03 + num_chunks / 32)
 
 
 def test_a_step_compiles_as_one_graph(make_moe, make_tokens):
