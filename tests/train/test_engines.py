@@ -161,6 +161,8 @@ def test_an_engine_trains_as_one_process_and_resumes_bit_by_bit(
     _run({**settings, **given}, output_dir, num_processes, environment)
 
     _assert_same_run(output_dir, one_process)
+    # Those of a batch that several processes share are counted once.
+    assert "4 steps, 1,024 tokens" in output_dir.with_suffix(".log").read_text()
     for folder in (output_dir, output_dir / "checkpoint-2"):
         assert json.loads((folder / "config.json").read_text()) == json.loads(
             (one_process / "config.json").read_text()
