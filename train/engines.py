@@ -111,6 +111,11 @@ def _check_sharding_at_load(args: TrainingArguments) -> None:
         )
     if args.world_size % tensor_size or args.world_size % expert_size:
         raise SettingsError(f"{given} does not divide the number of processes, {args.world_size}; start a multiple.")
+    if args.load_best_model_at_end:
+        raise SettingsError(
+            f"load_best_model_at_end=true does not go with {given}, whose weights are loaded at the start only; set "
+            "it to false and take the checkpoint that best_model_checkpoint in trainer_state.json names."
+        )
     if expert_size > 1 and expert_size % tensor_size:
         raise SettingsError(f"{given}: the experts' must be a multiple of the other, or 1.")
 

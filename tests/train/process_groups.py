@@ -55,7 +55,8 @@ def run_group(settings: dict, log: Path, *, num_processes: int, **environment: s
         while waiting:
             ended = multiprocessing.connection.wait(waiting, DEADLINE_SECONDS)
             assert ended, f"it does not end; output so far:\n{log.read_text()}"
-            if any([waiting.pop(sentinel).exitcode for sentinel in ended]):
+            statuses = [waiting.pop(sentinel).exitcode for sentinel in ended]
+            if any(statuses):
                 break
     finally:
         for process in processes:

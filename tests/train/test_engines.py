@@ -193,6 +193,7 @@ def _arguments(num_processes, **given):
     return SimpleNamespace(
         world_size=num_processes,
         fsdp=False,
+        load_best_model_at_end=given.pop("load_best_model_at_end", False),
         accelerator_config=SimpleNamespace(dispatch_batches=None),
         **{"tensor_parallel_size": 1, "expert_parallel_size": 1, **given},
     )
@@ -235,6 +236,13 @@ def test_batches_are_those_of_processes_that_have_their_own(monkeypatch, num_pro
         ),
         pytest.param(
             {"tensor_parallel_size": 4, "expert_parallel_size": 2}, {}, {}, "must be a multiple", marks=shards_at_load
+        ),
+        pytest.param(
+            {"expert_parallel_size": 2, "load_best_model_at_end": True},
+            {},
+            {},
+            "load_best_model_at_end=true does not go with",
+            marks=shards_at_load,
         ),
         pytest.param({"expert_parallel_size": 2}, FSDP, {}, "not with FSDP, DeepSpeed", marks=shards_at_load),
     ],
