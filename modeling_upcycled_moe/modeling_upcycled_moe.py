@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -142,10 +143,24 @@ class UpcycledQwenMoeSparseMoeBlock(nn.Module):
         if self._may_have_empty_slots():
             output = self._filled_slots(tokens, weights, index) + self._without_computation(tokens, weights, index)
         else:
-            output = self.experts(tokens, index, weights)
+            output = self._compute_experts(tokens, index, weights)
         if self.shared_expert is not None:
             output = output + self._shared_weight(tokens, router_logits) * self.shared_expert(tokens)
         return output.reshape(hidden_states.shape)
+
+    def _compute_experts(self, tokens: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return the output [T, H] of the experts with computation, in autocast's type where that is enabled.
+
+        Autocast itself passes over the grouped product, which would run in the type of the weights.
+        """
+        device_type = tokens.device.type
+        # Adapters hold the weights in a module of their own.
+        own = self.experts._parameters
+        if not torch.is_autocast_enabled(device_type) or not own:
+            return self.experts(tokens, index, weights)
+        dtype = torch.get_autocast_dtype(device_type)
+        parameters = {name: parameter.to(dtype) for name, parameter in own.items()}
+        return functional_call(self.experts, parameters, (tokens.to(dtype), index, weights))
 
     def _may_have_empty_slots(self) -> bool:
         """As the configuration says, but for expert choice in evaluation mode."""
@@ -163,11 +178,11 @@ class UpcycledQwenMoeSparseMoeBlock(nn.Module):
         is_filled = index < self.config.num_experts
         index, weights = index.masked_fill(~is_filled, 0), weights.masked_fill(~is_filled, 0.0)
         if is_torchdynamo_compiling():
-            return self.experts(tokens, index, weights)
+            return self._compute_experts(tokens, index, weights)
         # One pair at least, with weight zero, so that the experts always have gradients: DDP waits for them.
         is_filled[:1, :1] |= ~is_filled.any()
         token, slot = is_filled.nonzero(as_tuple=True)
-        outputs = self.experts(tokens[token], index[token, slot, None], weights[token, slot, None])
+        outputs = self._compute_experts(tokens[token], index[token, slot, None], weights[token, slot, None])
         return torch.zeros_like(tokens).index_add(0, token, outputs)
 
     def _without_computation(

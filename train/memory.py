@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM
 
-import modeling_upcycled_moe  # noqa: F401 (registers the classes)
+from modeling_upcycled_moe import UpcycledQwenMoeConfig  # registers the classes too
 
 from ..common.flops import expert_size, head_size, moe_pattern, num_experts
 
@@ -120,12 +120,6 @@ class Layout:
     def residual_bytes(self) -> int:
         """r."""
         return self.stored_bytes if self.casts_while_computing else self.compute_bytes
-
-    @property
-    def experts_bytes(self) -> int:
-        """Bytes of an element that experts compute: autocast passes `grouped_mm` by, which keeps the weights' type."""
-        is_left_out = self.casts_while_computing and self.experts_implementation == "grouped_mm"
-        return self.stored_bytes if is_left_out else self.compute_bytes
 
 
 @dataclass(frozen=True)
@@ -330,7 +324,7 @@ def activation_bytes(config: Any, layout: Layout, is_moe: bool) -> int:
     * Qwen3's norms of queries and keys: `(4 + a)(A + B)`;
     * a dense MLP or shared expert: `2 a H` (`r H`) and `4 a I`: gate, up, activation and product;
     * experts: `K e (2 H + 4 I)`: the gathered input, the same four, and the output that the weights multiply, with
-      `e = a`, but see `Layout.experts_bytes`. With `batched_mm` also the weights of each token's experts, `3 K a H I`;
+      `e = a`, but see `_experts_bytes`. With `batched_mm` also the weights of each token's experts, `3 K a H I`;
     * routers: the input in float32 or `a`, and a few numbers for each expert.
     """
     hidden, a, r = config.hidden_size, layout.compute_bytes, layout.residual_bytes
@@ -357,7 +351,7 @@ def activation_bytes(config: Any, layout: Layout, is_moe: bool) -> int:
     if not is_moe:
         return layout.num_tokens * (norms + attention + mlp(config.intermediate_size))
     slots, width = config.num_experts_per_tok, expert_size(config)
-    experts = slots * layout.experts_bytes * (2 * hidden + 4 * width) + slots * 44
+    experts = slots * _experts_bytes(config, layout) * (2 * hidden + 4 * width) + slots * 44
     if layout.experts_implementation == "batched_mm":
         experts += slots * 3 * a * hidden * width
     # Tokens that several processes share are computed by one of them.
@@ -383,7 +377,7 @@ def working_bytes(config: Any, layout: Layout, is_moe: bool) -> int:
     gradient of the experts' weights where it has another type than they; with `batched_mm` those of the weights of
     each token's experts, `H I (2 a - a)` a row, and `2 w H I` in the type of the weights.
     """
-    a = layout.experts_bytes if is_moe else layout.compute_bytes
+    a = _experts_bytes(config, layout) if is_moe else layout.compute_bytes
     width = expert_size(config) if is_moe else config.intermediate_size
     rows = layout.num_tokens * (config.num_experts_per_tok if is_moe else 1) // layout.tensor_parallel_size
     states = rows * a * width + 2 * layout.num_tokens * config.hidden_size * layout.residual_bytes
@@ -443,6 +437,16 @@ def communication_bytes(weights: Weights, layout: Layout) -> dict[str, int]:
     return {"forward": fetched, "backward": fetched + ends + (FETCHED_LAYERS + 1) * layer * a, "step": 0}
 
 
+def _experts_bytes(config: Any, layout: Layout) -> int:
+    """Bytes of an element that experts compute.
+
+    Autocast passes `grouped_mm` by, which then keeps the weights' type; the upcycled model hands it copies.
+    """
+    is_left_out = layout.experts_implementation == "grouped_mm" and layout.casts_while_computing
+    is_upcycled = config.model_type == UpcycledQwenMoeConfig.model_type
+    return layout.stored_bytes if is_left_out and not is_upcycled else layout.compute_bytes
+
+
 def _weight_copies(config: Any, weights: Weights, layout: Layout) -> tuple[int, int]:
     """Return the bytes that autocast copies of all matrices, and of the output matrix."""
     if not layout.casts_while_computing:
@@ -450,8 +454,8 @@ def _weight_copies(config: Any, weights: Weights, layout: Layout) -> tuple[int, 
     head = config.vocab_size * config.hidden_size * layout.compute_bytes // layout.tensor_parallel_size
     dense = num_elements(shape for layer in weights.dense for shape in layer if len(shape) > 1)
     experts = num_elements(shape for layer in weights.experts for shape in layer)
-    if layout.experts_bytes == layout.stored_bytes or layout.experts_implementation == "batched_mm":
-        # `batched_mm` copies the weights of each token's experts, not those of all.
+    if config.model_type != UpcycledQwenMoeConfig.model_type and layout.experts_implementation != "eager":
+        # Autocast passes `grouped_mm` by, and `batched_mm` copies the weights of each token's experts, not of all.
         experts = 0
     split = dense // layout.tensor_parallel_size + experts // layout.expert_parallel_size
     return split * layout.compute_bytes + head, head

@@ -315,6 +315,34 @@ def test_experts_implementations_agree_and_really_switch(make_moe, make_tokens, 
     torch.testing.assert_close(switched, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_autocast_reaches_the_experts(make_moe, implementation):
+    """Of the implementations, `grouped_mm` is one that autocast itself passes over."""
+    torch.manual_seed(0)
+    model = make_moe()
+    model.set_experts_implementation(implementation)
+    block = model.model.layers[-1].mlp
+    tokens = torch.randn(1, 16, model.config.hidden_size)
+    seen = []
+    block.experts.register_forward_pre_hook(
+        lambda experts, inputs: seen.extend([inputs[0].dtype, experts.gate_up_proj.dtype, experts.down_proj.dtype])
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = block(tokens)
+    output.float().square().sum().backward()
+    assert seen == [torch.bfloat16] * 3
+    assert block.experts.gate_up_proj.grad.dtype == torch.float32
+
+    gradients = {name: parameter.grad for name, parameter in block.experts.named_parameters()}
+    block.zero_grad()
+    expected = block(tokens)
+    expected.square().sum().backward()
+    torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.02 * expected.std().item())
+    for name, parameter in block.experts.named_parameters():
+        error = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 0.02, (name, error)
+
+
 @pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
 def test_lora_on_attention_and_experts_trains_and_merges(make_moe, make_tokens, fields):
     tokens = make_tokens()
