@@ -183,7 +183,7 @@ class UpcycledQwenMoeSparseMoeBlock(nn.Module):
         is_filled[:1, :1] |= ~is_filled.any()
         token, slot = is_filled.nonzero(as_tuple=True)
         outputs = self._compute_experts(tokens[token], index[token, slot, None], weights[token, slot, None])
-        return torch.zeros_like(tokens).index_add(0, token, outputs)
+        return outputs.new_zeros(tokens.shape).index_add(0, token, outputs)
 
     def _without_computation(
         self, tokens: torch.Tensor, weights: torch.Tensor, index: torch.Tensor
@@ -402,11 +402,6 @@ class UpcycledQwenMoeModel(UpcycledQwenMoePreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
-            position_ids = position_ids.unsqueeze(0)
-
         # `generate` may have prepared one mask for each layer type.
         if not isinstance(causal_masks := attention_mask, dict):
             mask_arguments = {
@@ -414,11 +409,16 @@ class UpcycledQwenMoeModel(UpcycledQwenMoePreTrainedModel):
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
                 "past_key_values": past_key_values,
+                # Only those that a caller gives can tell documents apart; looking would wait for the device.
                 "position_ids": position_ids,
             }
             causal_masks = {"full_attention": create_causal_mask(**mask_arguments)}
             if "sliding_attention" in self.config.layer_types:
                 causal_masks["sliding_attention"] = create_sliding_window_causal_mask(**mask_arguments)
+        if position_ids is None:
+            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = position_ids.unsqueeze(0)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 from transformers.distributed import DistributedConfig
 from transformers.trainer import SCHEDULER_NAME
@@ -77,6 +78,10 @@ def lay_out_processes(args: TrainingArguments, data_args: DataArguments) -> None
         _check_context_parallelism(sizes["cp"], data_args)
     if shards_at_load(args):
         _check_sharding_at_load(args)
+    if args.fsdp or strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+        # Otherwise each process holds the gradients of all weights from one micro-batch of a step to the next.
+        options = args.accelerator_config.gradient_accumulation_kwargs or {}
+        args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True, **options}
     if data_parallel_size(args) < args.world_size:
         # Otherwise Accelerate's first process reads for all, and gives each one a batch of its own.
         args.accelerator_config.dispatch_batches = False
@@ -171,8 +176,16 @@ class EnginesMixin:
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
+        if self.accelerator.ddp_handler is not None:
+            # Gradients are not held twice, in the weights and in the buckets that are sent.
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and plugin.fsdp_version == 2 and plugin.cpu_ram_efficient_loading:
+        if plugin is None or plugin.fsdp_version != 2:
+            return
+        if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
+            # Losses stay float32: Accelerate's policy rounds all that a layer or the model returns.
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+        if plugin.cpu_ram_efficient_loading:
             self.accelerator.prepare = _keeping_buffers(self.accelerator.prepare)
 
     def sum_over_batches(self, sums: torch.Tensor) -> torch.Tensor:
@@ -223,7 +236,8 @@ def _keeping_buffers(prepare: Callable) -> Callable:
             (module, name)
             for model in models
             for module in model.modules()
-            for name in module._buffers.keys() - module._non_persistent_buffers_set
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set
         ]
         for module, name in saved:
             module._non_persistent_buffers_set.add(name)

@@ -75,7 +75,7 @@ class Layout:
     micro_batch_size: int = 1
     sequence_length: int = 4096
     gradient_accumulation_steps: int = 1
-    sync_each_batch: bool = False
+    sync_each_batch: bool = True
     weight_dtype: torch.dtype = torch.float32
     mixed_precision: torch.dtype | None = None
     optim: str = "adamw_torch_fused"
@@ -412,16 +412,13 @@ def loss_bytes(config: Any, layout: Layout) -> dict[str, int]:
 def communication_bytes(weights: Weights, layout: Layout) -> dict[str, int]:
     """Return the buffers of the engine in the forward pass, in the backward pass, and when the optimizer steps.
 
-    * DDP: a bucket for every gradient, beside the gradient (`gradient_as_bucket_view=False`, its default).
+    * DDP: none, as gradients are views of the buckets that are sent.
     * FSDP2: the embedding and the output matrix whole, `FETCHED_LAYERS` layers whole, in the backward pass also their
       gradients and one layer's on its way. Without resharding after the forward pass all layers.
     * ZeRO-3: four bytes for each weight of the largest layer (DeepSpeed's estimate_zero3_model_states_mem_needs).
     """
-    if layout.num_processes == 1:
+    if layout.num_processes == 1 or layout.engine == "ddp":
         return {"forward": 0, "backward": 0, "step": 0}
-    if layout.engine == "ddp":
-        buckets = num_elements(weights.shapes) * layout.stored_bytes
-        return {"forward": buckets, "backward": buckets, "step": buckets}
     if layout.engine == "zero3":
         live = FLOAT32 * weights.largest_layer
         return {"forward": live, "backward": live, "step": 0}

@@ -114,6 +114,8 @@ def load_model(
         **source,
         **implementations,
     )
+    # Packed blocks have no padding, and Qwen's tokenizers pad with the end-of-text token, which is to be learned.
+    model.get_input_embeddings().padding_idx = None
     _set_loss_chunk_tokens(model, model_args.loss_chunk_tokens)
     _check_types_can_be_sharded(model, distributed_config)
     _check_noise_can_be_recomputed(model.config)

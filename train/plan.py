@@ -247,7 +247,7 @@ def _loss_chunk_tokens(given: int | None, upcycled: bool) -> int | None:
 def _syncs_each_batch(settings: Mapping[str, Any]) -> bool:
     options = settings.get("accelerator_config")
     options = load_yaml(options) if isinstance(options, str) else options or {}
-    return bool((options.get("gradient_accumulation_kwargs") or {}).get("sync_each_batch"))
+    return (options.get("gradient_accumulation_kwargs") or {}).get("sync_each_batch", True)
 
 
 def _accumulation(layout: Layout, settings: Mapping[str, Any]) -> int:
@@ -293,8 +293,7 @@ def _changes(config: Any, layout: Layout) -> Iterator[tuple[str, dict[str, Any]]
     if layout.experts_implementation == "batched_mm" and num_experts(config):
         yield "experts_implementation=grouped_mm", {"experts_implementation": "grouped_mm"}
     if layout.engine == "ddp" and layout.num_processes > 1:
-        sharded = {"engine": "fsdp2", "sync_each_batch": True}
-        yield "FSDP2 (configs/accelerate/fsdp2.yaml) and sync_each_batch", sharded
+        yield "FSDP2 (configs/accelerate/fsdp2.yaml)", {"engine": "fsdp2"}
     if layout.engine == "fsdp2" and layout.gradient_accumulation_steps > 1 and not layout.sync_each_batch:
         setting = "accelerator_config={gradient_accumulation_kwargs: {sync_each_batch: true}}"
         yield setting, {"sync_each_batch": True}

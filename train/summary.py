@@ -19,8 +19,7 @@ def summary(trainer: "UpcyclingTrainer", result: TrainOutput, metrics: Mapping[s
     """
     parts = [f"{result.global_step:,} steps"]
     if trainer.num_trained_tokens:
-        parts.append(_speed(trainer))
-    parts.append(f"loss {result.training_loss:.4f}")
+        parts += [_speed(trainer), f"loss {result.training_loss:.4f}"]
     if "eval_perplexity" in metrics:
         parts.append(f"eval perplexity {metrics['eval_perplexity']:.3f}")
     if trainer.num_skipped_steps:

@@ -88,6 +88,11 @@ def test_the_figures_follow_from_the_settings(training_plan, moe_7b):
     assert plan["hours"] == pytest.approx(plan["total_flops"] / (8 * 0.4 * 989e12) / 3600)
     assert plan["gpu_memory_bytes"] == GPUS["h100"].memory_gb * 10**9
     assert plan["missing_bytes"] == plan["memory_per_gpu"]["total_bytes"] - plan["gpu_memory_bytes"]
+
+
+def test_gradients_that_wait_whole_for_the_last_micro_batch_are_said(training_plan, moe_7b):
+    setting = "accelerator_config={gradient_accumulation_kwargs: {sync_each_batch: false}}"
+    plan = training_plan(moe_7b, "--train", RECIPE, "max_steps=100", setting, "--accelerate", FSDP2)
     assert "sync_each_batch" in plan["memory_per_gpu"]["notes"][0]
 
 

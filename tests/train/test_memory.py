@@ -114,7 +114,7 @@ def test_shards_are_parts_of_what_one_process_holds():
         assert sharded.communication > 0
     copies = estimate_memory(MOE, replace(LEAN, num_processes=8))
     assert (copies.weights, copies.optimizer) == (one.weights, one.optimizer)
-    assert copies.communication == 4 * total_parameters(MOE)
+    assert copies.communication == 0
 
 
 def test_zero_3_keeps_eighteen_bytes_of_a_weight():
@@ -127,10 +127,8 @@ def test_zero_3_keeps_eighteen_bytes_of_a_weight():
 
 def test_accumulation_under_fsdp_holds_the_gradients_of_all_weights_unless_each_batch_is_reduced():
     sharded = replace(LEAN, num_processes=8, engine="fsdp2", gradient_accumulation_steps=4)
-    assert estimate_memory(MOE, sharded).gradients >= 2 * total_parameters(MOE)
-    assert estimate_memory(MOE, replace(sharded, sync_each_batch=True)).gradients == pytest.approx(
-        4 * total_parameters(MOE) / 8, rel=1e-3
-    )
+    assert estimate_memory(MOE, replace(sharded, sync_each_batch=False)).gradients >= 2 * total_parameters(MOE)
+    assert estimate_memory(MOE, sharded).gradients == pytest.approx(4 * total_parameters(MOE) / 8, rel=1e-3)
 
 
 def test_parts_of_a_sequence_hold_parts_of_its_activations():
