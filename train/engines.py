@@ -8,7 +8,7 @@ settings of a run: see [`EngineArguments`].
 import math
 import os
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import wraps
 from pathlib import Path
 

@@ -177,6 +177,19 @@ def test_an_engine_trains_as_one_process_and_resumes_bit_by_bit(
 
 
 @pytest.mark.distributed
+def test_mixed_precision_of_shards_rounds_no_loss(settings, make_moe_checkpoint, tmp_path):
+    settings = {**settings, "model_name_or_path": make_moe_checkpoint(), "max_steps": 2, "save_strategy": "no"}
+    settings |= {"bf16": True, "tokens_per_step": 512}
+    assert main(command_line({**settings, "output_dir": tmp_path / "one_process"})) == 0
+    # The launcher's precision decides, as in its files.
+    _run(settings, tmp_path / "shards", 2, FSDP | {"ACCELERATE_MIXED_PRECISION": "bf16"})
+    for entry, expected in zip(_log(tmp_path / "shards"), _log(tmp_path / "one_process"), strict=True):
+        for name in {"lm_loss", "router/aux_loss", "eval_loss"} & entry.keys():
+            assert entry[name] == pytest.approx(expected[name], rel=0.01)
+            assert torch.tensor(entry[name]) != torch.tensor(entry[name]).bfloat16().float(), (name, entry[name])
+
+
+@pytest.mark.distributed
 def test_parts_of_a_sequence_train_as_the_whole_one(settings, tmp_path):
     """Ring attention. The load-balancing loss is off: each part has one of its own."""
     # AdamW would turn the rounding of its smallest gradients into steps of full size.

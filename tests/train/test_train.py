@@ -185,6 +185,17 @@ def test_a_dense_checkpoint_trains_without_router_figures(settings, dense_checkp
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), Qwen2ForCausalLM)
 
 
+def test_the_end_of_text_token_is_learned_where_it_pads_too(settings, make_moe_checkpoint, tmp_path):
+    start = make_moe_checkpoint(pad_token_id=0)
+    assert AutoModelForCausalLM.from_pretrained(start).model.embed_tokens.padding_idx == 0
+    text = tmp_path / "short.jsonl"
+    text.write_text("".join(json.dumps({"text": "A few words."}) + "\n" for _ in range(8)))
+    _train({**settings, "train_data": text, "max_steps": 2}, start, tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "out"))
+    name = "model.embed_tokens.weight"
+    assert not torch.equal(before[name][0], after[name][0])
+
+
 def test_each_layer_logs_its_own_router_losses(settings, tokenizer, train_files, tmp_path):
     torch.manual_seed(0)
     fields = {"router_entropy_loss_coef": 0.02, "router_locality_loss_coef": 0.03, "expert_nodes": [0] * 4}
