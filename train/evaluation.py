@@ -7,7 +7,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from modeling_upcycled_moe.selection_upcycled_moe import sum_dtype
 
-from .data import count_targets
+from .data.blocks import count_targets
 
 
 class EvaluationMixin:

@@ -62,19 +62,19 @@ def train(arguments: Arguments) -> None:
     """
     from transformers import set_seed
 
-    from upcycled_moe.train.callbacks import shorten_console_log
-    from upcycled_moe.train.checkpoints import checkpoint_to_resume
-    from upcycled_moe.train.data import (
+    from upcycled_moe.train.data.blocks import (
         ResumableBlocks,
         SavePositionCallback,
         choose_collator,
         evaluation_sets,
         resume_position,
     )
+    from upcycled_moe.train.data.sources import training_blocks
     from upcycled_moe.train.engines import distributed_config, lay_out_processes, weights_at_load
     from upcycled_moe.train.model import carry_files, load_model, load_tokenizer, risks_of
-    from upcycled_moe.train.sources import training_blocks
-    from upcycled_moe.train.summary import summary
+    from upcycled_moe.train.monitoring.callbacks import shorten_console_log
+    from upcycled_moe.train.monitoring.summary import summary
+    from upcycled_moe.train.saving.checkpoints import checkpoint_to_resume
     from upcycled_moe.train.trainer import UpcyclingTrainer
 
     model_args, data_args, training_args, *_ = arguments
@@ -126,8 +126,8 @@ def _announce(arguments: Arguments, checkpoint: str | None) -> None:
     """Write the resolved settings, and say what begins: the number of processes is easily another than was meant."""
     import yaml
 
-    from upcycled_moe.train.checkpoints import CONFIG_FILE
-    from upcycled_moe.train.data import blocks_per_step
+    from upcycled_moe.train.data.blocks import blocks_per_step
+    from upcycled_moe.train.saving.checkpoints import CONFIG_FILE
 
     _, data_args, training_args, *_ = arguments
     for note in arguments.notes:

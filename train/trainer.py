@@ -3,12 +3,12 @@
 from transformers import Trainer
 
 from .balancing import BalancingMixin
-from .data import collate_blocks
+from .data.blocks import collate_blocks
 from .engines import EnginesMixin
 from .evaluation import EvaluationMixin
-from .monitoring import MonitoringMixin
+from .monitoring.mixin import MonitoringMixin
 from .optimization import OptimizationMixin
-from .saving import SavingMixin
+from .saving.mixin import SavingMixin
 
 
 class UpcyclingTrainer(

@@ -20,7 +20,7 @@ from modeling_upcycled_moe.losses_upcycled_moe import router_losses
 from upcycled_moe.common.routing_log import read_routing
 from upcycled_moe.common.text import open_text, pack_blocks
 from upcycled_moe.train.model import risks_of
-from upcycled_moe.train.pictures import can_draw
+from upcycled_moe.train.monitoring.pictures import can_draw
 from upcycled_moe.train.train import main
 
 
@@ -111,7 +111,7 @@ def test_evaluation_is_the_pure_loss_over_all_tokens_of_each_domain(short_run, t
 
     from upcycled_moe.common.packing import PackedBlocks, TokenizedText
     from upcycled_moe.common.text import open_text
-    from upcycled_moe.train.data import collate_blocks
+    from upcycled_moe.train.data.blocks import collate_blocks
 
     output_dir, logs = short_run
     metrics = {key: value for entry in logs for key, value in entry.items() if key.startswith("eval_")}

@@ -1,0 +1,1 @@
+"""The training text, from files and Hub datasets to batches."""

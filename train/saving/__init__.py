@@ -1,0 +1,1 @@
+"""Checkpoints, and how a run ends and goes on."""
