@@ -15,9 +15,10 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)  ## train a small dense Qwen, upcycle it, compare: about five minutes, no GPU, no network
 	$(BIN)/python -m upcycled_moe.demo --out runs/demo
 
+# Two workers with a thread each; files stay whole, as tests of one share what they set up.
 test: $(INSTALLED)  ## the default test suite
 	$(BIN)/python tests/conformance/fetch.py
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
