@@ -105,7 +105,7 @@ def _check_not_dense(out: Path) -> None:
 
 def print_result(result: "ConversionResult") -> None:
     """Print what was written and what the fresh routers do."""
-    from ..conversion.numbers import format_bytes, format_count
+    from ..common.numbers import format_bytes, format_count
     from .console import results_table, stdout_console
 
     console, plan = stdout_console(), result.plan

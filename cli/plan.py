@@ -91,8 +91,8 @@ def print_plan(plan: "ConversionPlan", out: Path, as_json: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from ..common.numbers import format_bytes, format_count
     from ..conversion.description import describe_model, runs
-    from ..conversion.numbers import format_bytes, format_count
     from ..conversion.plan import free_disk_bytes, router_plans
     from .console import results_table, stdout_console
 
@@ -138,7 +138,7 @@ def print_plan(plan: "ConversionPlan", out: Path, as_json: bool) -> None:
 
 
 def _describe_parameters(plan: "ConversionPlan") -> str:
-    from ..conversion.numbers import format_count
+    from ..common.numbers import format_count
 
     counts = [plan.total_parameters, plan.active_parameters]
     total, active = map(format_count, counts)

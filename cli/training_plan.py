@@ -112,7 +112,7 @@ def _print_training(training: "TrainingPlan") -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from ..conversion.numbers import format_bytes, format_count
+    from ..common.numbers import format_bytes, format_count
     from .console import results_table, stdout_console
 
     console, layout = stdout_console(), training.layout
@@ -150,7 +150,7 @@ def _print_training(training: "TrainingPlan") -> None:
 
 
 def _print_fit(training: "TrainingPlan") -> None:
-    from ..conversion.numbers import format_bytes
+    from ..common.numbers import format_bytes
     from .console import results_table, stdout_console
 
     if training.missing_bytes is None:

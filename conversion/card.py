@@ -11,8 +11,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
+from ..common.numbers import format_bytes, format_count
 from .description import describe_model, limits, num_active
-from .numbers import format_bytes, format_count
 from .papers import papers
 from .plan import ConversionPlan
 from .report import RouterReport

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..common.numbers import format_bytes
 from ..common.settings import SettingsError
 from .contents import Content, FileBytes
-from .numbers import format_bytes
 from .plan import ConversionPlan, Shard
 from .source import DTYPES
 from .tensors import PlannedTensor

@@ -4,8 +4,8 @@ import shutil
 import pytest
 from huggingface_hub import ModelCard
 
+from upcycled_moe.common.numbers import format_bytes, format_count
 from upcycled_moe.conversion.convert import convert
-from upcycled_moe.conversion.numbers import format_bytes, format_count
 from upcycled_moe.conversion.papers import PAPERS
 from upcycled_moe.conversion.plan import build_plan
 from upcycled_moe.conversion.recipe import GIVEN, ConversionRecipe

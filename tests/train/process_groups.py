@@ -7,21 +7,12 @@ import sys
 from pathlib import Path
 
 import torch
+from training_processes import DEADLINE_SECONDS, SERVER, begin_child
 from training_runs import command_line
 
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
-    ["upcycled_moe.train.train", "upcycled_moe.train.trainer", "upcycled_moe.train.model", "upcycled_moe.common.text"]
-)
-DEADLINE_SECONDS = 120
-
-
 def _run(argv: list[str], log: str, environment: dict[str, str]) -> None:
-    with open(log, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ.update(environment)
+    begin_child(log, environment)
     torch.set_num_threads(1)
     from engines_on_cpu import offer_engines_on_cpu
 
@@ -45,7 +36,7 @@ def run_group(settings: dict, log: Path, *, num_processes: int, **environment: s
     common |= {"MASTER_ADDR": "127.0.0.1", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", **environment}
     argv = command_line(settings)
     processes = [
-        _SERVER.Process(target=_run, args=(argv, str(log), {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+        SERVER.Process(target=_run, args=(argv, str(log), {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
         for rank in range(num_processes)
     ]
     for process in processes:

@@ -15,18 +15,23 @@ from pathlib import Path
 from training_runs import command_line
 
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
     ["upcycled_moe.train.train", "upcycled_moe.train.trainer", "upcycled_moe.train.model", "upcycled_moe.common.text"]
 )
 DEADLINE_SECONDS = 120
 
 
-def _run(argv: list[str], log: str, environment: dict[str, str]) -> None:
+def begin_child(log: str, environment: dict[str, str]) -> None:
+    """Let what this process prints go to the file `log`, and set its environment."""
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
+
+
+def _run(argv: list[str], log: str, environment: dict[str, str]) -> None:
+    begin_child(log, environment)
     from upcycled_moe.train.train import main
 
     status = main(argv)
@@ -40,7 +45,7 @@ class TrainingProcess:
     def __init__(self, settings: dict, log: Path, **environment: str):
         self.log = log
         log.touch()
-        self._process = _SERVER.Process(target=_run, args=(command_line(settings), str(log), environment))
+        self._process = SERVER.Process(target=_run, args=(command_line(settings), str(log), environment))
         self._process.start()
 
     @property

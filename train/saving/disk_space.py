@@ -8,17 +8,9 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from ...common.numbers import format_bytes
 from ..memory import ADAM_STATES, STATE_BYTES, STATES
 from .checkpoints import checkpoint_folders
-
-
-def readable_bytes(num_bytes: float) -> str:
-    """Return a size as one reads it."""
-    for unit in ("bytes", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} GB"
 
 
 def space_warning(args: TrainingArguments, model: nn.Module, resumed: str | None) -> str | None:
@@ -37,8 +29,8 @@ def space_warning(args: TrainingArguments, model: nn.Module, resumed: str | None
     if needed <= free:
         return None
     return (
-        f"{args.output_dir} has {readable_bytes(free)} free, and this run will need about {readable_bytes(needed)}: "
-        f"{num_checkpoints} x {readable_bytes(checkpoint)} for checkpoints, {readable_bytes(weights)} for the final "
+        f"{args.output_dir} has {format_bytes(free)} free, and this run will need about {format_bytes(needed)}: "
+        f"{num_checkpoints} x {format_bytes(checkpoint)} for checkpoints, {format_bytes(weights)} for the final "
         f"model; free some space, or set a lower save_total_limit (now {args.save_total_limit})."
     )
 

@@ -13,10 +13,11 @@ from torch import distributed, nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ...common.numbers import format_bytes
 from ..engines import shards_at_load
 from ..errors import RunEnded, RunError
 from .checkpoints import CONFIG_FILE, checkpoint_folders
-from .disk_space import readable_bytes, space_warning
+from .disk_space import space_warning
 from .resuming import load_weights
 from .signals import StopSignals
 from .staging import (
@@ -162,7 +163,7 @@ class SavingMixin:
                 raise
             reason = error if isinstance(error, OSError) else str(error).splitlines()[0]
             raise RunError(
-                f"{folder.name} could not be written to {self.args.output_dir} ({reason}; {readable_bytes(free)} were "
+                f"{folder.name} could not be written to {self.args.output_dir} ({reason}; {format_bytes(free)} were "
                 "free). Older checkpoints are whole; remove some of them or free other space, and continue with "
                 "resume_from_checkpoint=last."
             ) from error

@@ -51,13 +51,6 @@ class _Characters:
         self.__init__(**state)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder)
-    return folder
-
-
 @pytest.fixture
 def calls(tmp_path_factory):
     return tmp_path_factory.mktemp("calls") / "calls"

@@ -38,13 +38,6 @@ class _Characters:
         return {"input_ids": [[ord(character) for character in text] for text in texts]}
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder)
-    return folder
-
-
 @pytest.fixture
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
