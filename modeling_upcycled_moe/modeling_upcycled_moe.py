@@ -154,9 +154,10 @@ class UpcycledQwenMoeSparseMoeBlock(nn.Module):
         Autocast itself passes over the grouped product, which would run in the type of the weights.
         """
         device_type = tokens.device.type
-        # Adapters hold the weights in a module of their own.
-        own = self.experts._parameters
-        if not torch.is_autocast_enabled(device_type) or not own:
+        # Adapters hold the weights in a module of their own, and offloading, which replaces `forward`, brings them in
+        # at the call.
+        own, is_offloaded = self.experts._parameters, "forward" in vars(self.experts)
+        if not torch.is_autocast_enabled(device_type) or not own or is_offloaded:
             return self.experts(tokens, index, weights)
         dtype = torch.get_autocast_dtype(device_type)
         parameters = {name: parameter.to(dtype) for name, parameter in own.items()}

@@ -1,9 +1,11 @@
 """The optimizer's side of a step: learning rates, which weights move, and steps that are left out."""
 
+import math
 import sys
 
 import torch
 from accelerate.utils import DistributedType
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType, TrainerCallback
 
 from ..common.settings import SettingsError
@@ -19,15 +21,23 @@ class OptimizationMixin:
     other weights are held until then, with their gradients dropped before they are clipped or reach the optimizer.
 
     Where the norm of the gradients, over all processes, is NaN or infinite, no weight, optimizer state or router bias
-    moves; the log forgets the step, and the schedule and the text go on. After `max_skipped_steps` in a row the run
-    fails. With fp16 the loss scaler does this itself, and with DeepSpeed its engine.
+    moves; the log takes the loss of the step before for its own, and the schedule and the text go on. After
+    `max_skipped_steps` in a row the run fails. With fp16 the loss scaler does this itself, and with DeepSpeed its
+    engine.
+
+    Settings win over what a checkpoint's optimizer and schedule were made with.
+
+    Attributes:
+        num_skipped_steps: How many steps of this start were left out.
+        num_skipped_in_a_row: How many of them were the last ones.
     """
 
     def set_up_optimization(self) -> None:
         """Prepare for the first step; after the Trainer's own set-up."""
         self.num_skipped_steps = 0
+        self.num_skipped_in_a_row = 0
         self.step_was_left_out = False
-        self._num_skipped_in_a_row = 0
+        self._last_step_loss: torch.Tensor | float = 0.0
         self._num_held_steps = self.args.get_router_warmup_steps()
         # Positions in the optimizer of the groups with the routers' parameters.
         self._router_groups: list[int] = []
@@ -91,6 +101,43 @@ class OptimizationMixin:
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in [`Trainer`], but learning rates, weight decay and the like are those of this run's settings.
+
+        Raises:
+            SettingsError: if the checkpoint's optimizer is another one, or has other groups of weights.
+        """
+        if checkpoint is None or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        given = [
+            {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
+        ]
+        base_learning_rates = getattr(self.lr_scheduler, "base_lrs", None)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        # What optimizers raise for the states of others.
+        except (ValueError, KeyError) as error:
+            raise SettingsError(self._other_optimizer(checkpoint)) from error
+        for group, settings in zip(self.optimizer.param_groups, given, strict=True):
+            if group.keys() - {"params"} != settings.keys():
+                raise SettingsError(self._other_optimizer(checkpoint))
+            group.update(settings)
+        # Other schedules follow from their own last values.
+        if isinstance(self.lr_scheduler, LambdaLR):
+            self.lr_scheduler.base_lrs = base_learning_rates
+            step = self.lr_scheduler.last_epoch
+            shares = [multiplier(step) for multiplier in self.lr_scheduler.lr_lambdas]
+            for group, peak, share in zip(self.optimizer.param_groups, base_learning_rates, shares, strict=True):
+                group["lr"] = peak * share
+            self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _other_optimizer(self, checkpoint: str) -> str:
+        return (
+            f"{checkpoint}: its optimizer is not that of optim={self.args.optim} with this run's groups of weights; "
+            "resume with the same optim, and with router_learning_rate and router_warmup_steps given or left out as "
+            "they were."
+        )
+
     def _get_learning_rate(self) -> float:
         # Asked for after the optimizer's step and before the schedule's.
         if self._router_groups:
@@ -135,7 +182,13 @@ class OptimizationMixin:
         self._has_mixed_mesh_grads(model)
         if self.state.global_step < self._num_held_steps:
             for name, parameter in model.named_parameters():
-                if parameter_group(name) != "routers":
+                if parameter.grad is None or parameter_group(name) == "routers":
+                    continue
+                if self.state.global_step == 0:
+                    # With a learning rate of 0 the optimizer only begins its state: sharded ones resume from a
+                    # checkpoint that has one of each weight.
+                    parameter.grad.zero_()
+                else:
                     parameter.grad = None
         if hasattr(self, "measure_gradient_norms"):
             self.measure_gradient_norms(model)
@@ -148,27 +201,28 @@ class OptimizationMixin:
         """
         # All processes have the same norm. Asking for its value waits for the backward pass, once a step.
         norm = float(grad_norm)
-        if norm - norm == 0.0:
-            self._num_skipped_in_a_row = 0
+        if math.isfinite(norm):
+            self.num_skipped_in_a_row = 0
+            self._last_step_loss = self._tr_loss - self._loss_before
             return
         step = self.state.global_step + 1
         self.num_skipped_steps += 1
-        self._num_skipped_in_a_row += 1
-        if self._num_skipped_in_a_row > self.args.max_skipped_steps:
+        self.num_skipped_in_a_row += 1
+        if self.num_skipped_in_a_row > self.args.max_skipped_steps:
             raise RunError(
-                f"step {step}: the norm of the gradients is {norm}, in {self._num_skipped_in_a_row} steps in a row; "
-                "lower learning_rate, look at the text from here on, or raise max_skipped_steps. The weights "
-                "are as before; continue from the newest checkpoint with resume_from_checkpoint=last."
+                f"step {step}: the norm of the gradients is {norm}, in {self.num_skipped_in_a_row} steps in a row; an "
+                "earlier step may have ruined the weights. Continue from a checkpoint before step "
+                f"{step - self.num_skipped_in_a_row + 1} with a lower learning_rate, or raise max_skipped_steps."
             )
         if self.args.should_log:
             print(
                 f"train.py: warning: step {step}: the norm of the gradients is {norm}; the step is left out and "
-                f"changes no weight ({self._num_skipped_in_a_row} in a row, {self.args.max_skipped_steps} allowed).",
+                f"changes no weight ({self.num_skipped_in_a_row} in a row, {self.args.max_skipped_steps} allowed).",
                 file=sys.stderr,
             )
         model.zero_grad(set_to_none=True)
         self.step_was_left_out = True
-        self._tr_loss = self._loss_before
+        self._tr_loss = self._loss_before + self._last_step_loss
         self.restore_figures(self._figures_before)
 
 

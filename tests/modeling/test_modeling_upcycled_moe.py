@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -341,6 +342,14 @@ def test_autocast_reaches_the_experts(make_moe, implementation):
     for name, parameter in block.experts.named_parameters():
         error = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()
         assert error < 0.02, (name, error)
+
+
+def test_autocast_goes_with_offloaded_experts(make_moe, make_tokens):
+    model, tokens = make_moe(), make_tokens()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(input_ids=tokens).logits
+        offloaded = cpu_offload(model, execution_device="cpu")(input_ids=tokens).logits
+    torch.testing.assert_close(offloaded, expected, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)

@@ -102,6 +102,8 @@ def settings(make_moe_checkpoint, train_files):
         "block_size": 64,
         "tokens_per_step": 256,
         "learning_rate": 5e-3,
+        # The checkpoint is within it, when the optimizer has nothing to remember of most weights.
+        "router_warmup_steps": 2,
         "logging_steps": 1,
         "save_strategy": "steps",
         "save_steps": 2,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_routers_are_trained_first_and_the_rest_is_held(settings, moe_checkpoint
     assert len(routers) == 2
     assert not others
     optimizer = torch.load(tmp_path / "out" / "checkpoint-3" / "optimizer.pt")
-    assert len(optimizer["state"]) == len(routers), "a weight that is held has moments"
+    assert sum(bool(state["exp_avg"].any()) for state in optimizer["state"].values()) == len(routers)
     routers, others = _moved(tmp_path / "out", tmp_path / "out" / "checkpoint-3")
     assert len(routers) == 2
     assert len(others) > 10
@@ -97,6 +98,8 @@ def test_a_step_without_a_finite_gradient_is_left_out(settings, tmp_path, poison
     # The log of steps 3 and 4 is of step 4 alone.
     assert [entry.get("skipped_steps") for entry in log] == [None, 1, 1]
     assert all(math.isfinite(value) for entry in log for name, value in entry.items() if name != "grad_norm")
+    # The step counts as the one before, not as nothing.
+    assert all(entry["loss"] > 5 and entry["lm_loss"] > 5 for entry in log)
 
 
 def test_a_run_without_any_finite_gradient_fails(settings, tmp_path, poison, capsys):
@@ -106,3 +109,41 @@ def test_a_run_without_any_finite_gradient_fails(settings, tmp_path, poison, cap
     assert "step 5: the norm of the gradients is nan, in 3 steps in a row" in capsys.readouterr().err
     routers, others = _moved(tmp_path / "out" / "checkpoint-4", tmp_path / "out" / "checkpoint-2")
     assert not routers | others
+
+
+def _resumed(settings, output_dir, tmp_path, **changed):
+    """Return the exit status of going on from the checkpoint of step 2 with changed settings, and the log."""
+    resumed = tmp_path / "resumed"
+    shutil.copytree(output_dir / "checkpoint-2", resumed / "checkpoint-2")
+    settings = {**settings, **changed, "output_dir": resumed, "resume_from_checkpoint": "last"}
+    status = main(command_line(settings))
+    if status:
+        return status, None
+    log = json.loads((resumed / "trainer_state.json").read_text())["log_history"]
+    return status, [entry for entry in log if "lm_loss" in entry]
+
+
+@pytest.fixture
+def short_run(settings, tmp_path):
+    settings |= {"save_steps": 2, "max_steps": 4, "lr_decay_points": []}
+    _train(settings, tmp_path / "out")
+    return settings, tmp_path / "out"
+
+
+def test_a_resumed_run_has_the_settings_that_it_is_given(short_run, tmp_path):
+    settings, output_dir = short_run
+    status, log = _resumed(settings, output_dir, tmp_path, learning_rate=1e-4, weight_decay=0.5, adam_beta1=0.7)
+    assert status == 0
+    assert [entry["learning_rate"] for entry in log] == pytest.approx([5e-3, 5e-3, 1e-4, 1e-4])
+    groups = torch.load(tmp_path / "resumed" / "checkpoint-4" / "optimizer.pt")["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.5, 0.0}
+    assert {tuple(group["betas"]) for group in groups} == {(0.7, 0.95)}
+
+
+@pytest.mark.parametrize(
+    "changed", [{"router_learning_rate": 1e-3}, {"optim": "sgd"}], ids=lambda changed: next(iter(changed))
+)
+def test_an_optimizer_of_other_settings_is_refused(short_run, tmp_path, capsys, changed):
+    settings, output_dir = short_run
+    assert _resumed(settings, output_dir, tmp_path, **changed)[0] == 2
+    assert "resume with the same optim, and with router_learning_rate" in capsys.readouterr().err
