@@ -310,6 +310,7 @@ def build_arguments(settings: dict[str, Any]) -> Arguments:
     Raises:
         SettingsError: as [`parse_arguments`].
     """
+    from .checks import check_least_values
     from .training_arguments import UpcyclingTrainingArguments
 
     groups = (ModelArguments, DataArguments, UpcyclingTrainingArguments)
@@ -318,6 +319,7 @@ def build_arguments(settings: dict[str, Any]) -> Arguments:
     for name in ("model_name_or_path", "output_dir", "train_data"):
         if not settings.get(name):
             raise SettingsError(f"{name} is missing; give it in the --config file or as {name}=...")
+    check_least_values(settings)
     if settings.get("max_steps", -1) < 1:
         raise SettingsError("max_steps is missing; streamed text has no known length, so say how many steps to train.")
     notes = [*_settle_evaluation(settings), *_settle_reports(settings)]

@@ -5,7 +5,6 @@ of the launcher, in `configs/accelerate/`. Tensor and expert parallelism, which 
 settings of a run: see [`EngineArguments`].
 """
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -22,6 +21,13 @@ from transformers.utils import strtobool
 
 from ..common.settings import SettingsError
 from .arguments import DataArguments, EngineArguments
+from .checks import (
+    batches_at_a_time,
+    check_context_parallelism,
+    check_dimensions,
+    check_least_values,
+    check_sharding_at_load,
+)
 
 
 # The folder that fully sharded optimizers of Accelerate are in too, whose `.metadata` is written last.
@@ -39,7 +45,7 @@ def launcher_size(dimension: str) -> int:
 
 def data_parallel_size(args: TrainingArguments) -> int:
     """Return how many processes, or groups of them, have batches of their own."""
-    return args.world_size // (args.tensor_parallel_size * launcher_size("cp"))
+    return batches_at_a_time(args.world_size, args.tensor_parallel_size, launcher_size("cp"))
 
 
 def shards_at_load(args: EngineArguments) -> bool:
@@ -58,24 +64,10 @@ def lay_out_processes(args: TrainingArguments, data_args: DataArguments) -> None
     Raises:
         SettingsError: if the processes that were started, or the blocks of `data_args`, do not suit it.
     """
-    for name in ("tensor_parallel_size", "expert_parallel_size"):
-        if (size := getattr(args, name)) < 1:
-            raise SettingsError(f"{name}={size} must be at least 1, which is none.")
-    for dimension, way_out in (
-        ("tp", "leave it out and give tensor_parallel_size as a setting of the run"),
-        ("sp", "use parallelism_config_cp_size for long sequences"),
-    ):
-        if (size := launcher_size(dimension)) > 1:
-            raise SettingsError(f"parallelism_config_{dimension}_size={size} is not supported here; {way_out}.")
-    sizes = {dimension: launcher_size(dimension) for dimension in ("dp_replicate", "dp_shard", "cp")}
-    if (product := math.prod(sizes.values())) > 1 and product != args.world_size:
-        shown = " x ".join(f"{name}={size}" for name, size in sizes.items())
-        raise SettingsError(
-            f"The accelerate configuration lays out {shown} = {product} processes, but {args.world_size} started; "
-            "change num_processes or the sizes of its parallelism_config."
-        )
-    if sizes["cp"] > 1:
-        _check_context_parallelism(sizes["cp"], data_args)
+    check_least_values(vars(args))
+    sizes = {dimension: launcher_size(dimension) for dimension in ("dp_replicate", "dp_shard", "cp", "tp", "sp")}
+    check_dimensions(sizes, args.world_size)
+    check_context_parallelism(sizes["cp"], data_args.block_size, data_args.document_mask)
     if shards_at_load(args):
         _check_sharding_at_load(args)
     if args.fsdp or strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
@@ -87,42 +79,23 @@ def lay_out_processes(args: TrainingArguments, data_args: DataArguments) -> None
         args.accelerator_config.dispatch_batches = False
 
 
-def _check_context_parallelism(num_parts: int, data_args: DataArguments) -> None:
-    # Each process takes a part from the front and one from the back, so that all have as many pairs to attend to.
-    if data_args.block_size % (2 * num_parts):
-        raise SettingsError(
-            f"block_size={data_args.block_size} cannot be cut by parallelism_config_cp_size={num_parts}; give a "
-            f"multiple of {2 * num_parts}."
-        )
-    if data_args.document_mask:
-        raise SettingsError(
-            f"document_mask=true does not go with parallelism_config_cp_size={num_parts}, whose attention knows no "
-            "bounds of documents; set document_mask=false."
-        )
-
-
 def _check_sharding_at_load(args: TrainingArguments) -> None:
-    tensor_size, expert_size = args.tensor_parallel_size, args.expert_parallel_size
-    given = f"tensor_parallel_size={tensor_size}, expert_parallel_size={expert_size}"
     if "ep_size" not in {field.name for field in fields(DistributedConfig)}:
-        raise SettingsError(f"{given} needs a newer Transformers (5.23 has it): pip install -U transformers.")
-    if args.fsdp or any(
-        strtobool(os.environ.get(f"ACCELERATE_USE_{engine}", "false"))
-        for engine in ("FSDP", "DEEPSPEED", "PARALLELISM_CONFIG")
-    ):
         raise SettingsError(
-            f"{given} shards the model over all processes by itself; start with torchrun, or with "
-            "train/configs/accelerate/expert_parallel.yaml, not with FSDP, DeepSpeed or a parallelism_config."
+            f"tensor_parallel_size={args.tensor_parallel_size}, expert_parallel_size={args.expert_parallel_size} "
+            "needs a newer Transformers (5.23 has it): pip install -U transformers."
         )
-    if args.world_size % tensor_size or args.world_size % expert_size:
-        raise SettingsError(f"{given} does not divide the number of processes, {args.world_size}; start a multiple.")
-    if args.load_best_model_at_end:
-        raise SettingsError(
-            f"load_best_model_at_end=true does not go with {given}, whose weights are loaded at the start only; set "
-            "it to false and take the checkpoint that best_model_checkpoint in trainer_state.json names."
-        )
-    if expert_size > 1 and expert_size % tensor_size:
-        raise SettingsError(f"{given}: the experts' must be a multiple of the other, or 1.")
+    check_sharding_at_load(
+        args.tensor_parallel_size,
+        args.expert_parallel_size,
+        args.world_size,
+        has_engine=bool(args.fsdp)
+        or any(
+            strtobool(os.environ.get(f"ACCELERATE_USE_{engine}", "false"))
+            for engine in ("FSDP", "DEEPSPEED", "PARALLELISM_CONFIG")
+        ),
+        load_best_model_at_end=args.load_best_model_at_end,
+    )
 
 
 def distributed_config(args: TrainingArguments) -> DistributedConfig | None:
@@ -167,11 +140,13 @@ def weights_at_load(args: TrainingArguments, checkpoint: str | None) -> str | No
 class EnginesMixin:
     """Counts a batch once that several processes share, and saves and resumes models that are sharded at load."""
 
-    def __init__(self, model=None, args=None, **kwargs):
+    def __init__(self, model=None, args=None, *others, **kwargs):
+        if args is None:
+            raise TypeError("args is missing; give UpcyclingTrainingArguments.")
         # Transformers' Trainer refuses checkpoints of such a model with an optimizer, as it cannot load one.
         save_only_model = args.save_only_model
         args.save_only_model = save_only_model or shards_at_load(args)
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model, args, *others, **kwargs)
         args.save_only_model = save_only_model
 
     def create_accelerator_and_postprocess(self) -> None:

@@ -13,6 +13,17 @@ from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.train.arguments import parse_arguments, parse_command_line, resolved_settings
 
 
+# The least of each.
+SIZES = {
+    "block_size": 2,
+    "max_eval_blocks": 1,
+    "preprocessing_num_workers": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "tokens_per_step": 1,
+    "expert_parallel_size": 1,
+}
 REQUIRED = ["model_name_or_path=m", "output_dir=o", "train_data=t", "max_steps=10", "use_cpu=true", "report_to=none"]
 
 
@@ -76,6 +87,8 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
         (["max_steps=5", "max_steps=6"], "max_steps is given twice"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["stray"], "'stray': expected key=value."),
+        *(([f"{name}={least - 1}"], f"{name}={least - 1} must be at least {least}.") for name, least in SIZES.items()),
+        (["loss_chunk_tokens=-1"], "loss_chunk_tokens=-1 is negative; give 0 or more."),
     ],
 )
 def test_wrong_settings_are_one_clear_line(arguments, message):
@@ -97,6 +110,10 @@ def test_no_is_a_word_and_not_a_truth_value():
     assert parse_arguments([*REQUIRED, "save_strategy=no"]).training.save_strategy == "no"
 
 
+def test_null_stands_for_no_limit():
+    assert parse_arguments([*REQUIRED, "max_eval_blocks=null"]).data.max_eval_blocks is None
+
+
 def test_tokens_per_step_sets_the_accumulation():
     arguments = parse_arguments([*REQUIRED, "tokens_per_step=1024", "block_size=64", "per_device_train_batch_size=2"])
     arguments.training.set_tokens_per_step(arguments.data.block_size)
@@ -104,6 +121,10 @@ def test_tokens_per_step_sets_the_accumulation():
 
     arguments = parse_arguments([*REQUIRED, "tokens_per_step=1000", "block_size=64"])
     with pytest.raises(SettingsError, match="tokens_per_step=1000 is not a multiple of 64"):
+        arguments.training.set_tokens_per_step(arguments.data.block_size)
+
+    arguments = parse_arguments([*REQUIRED, "tokens_per_step=1024", "block_size=64", "gradient_accumulation_steps=2"])
+    with pytest.raises(SettingsError, match="gradient_accumulation_steps=2 say the same thing"):
         arguments.training.set_tokens_per_step(arguments.data.block_size)
 
 

@@ -26,7 +26,7 @@ def training_blocks(data_args: DataArguments, tokenizer: PreTrainedTokenizerBase
 
 def _streamed(data_args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> TokenSource:
     for name in ("shuffle_documents", "preprocessing_num_workers"):
-        if value := getattr(data_args, name):
+        if (value := getattr(data_args, name)) is not None and value is not False:
             raise SettingsError(f"{name}={value} needs streaming=false: streamed text is read in the order it has.")
     documents = open_text(data_args.train_data, data_args.train_split, data_args.text_column)
     if data_args.domain_weights is None:

@@ -216,7 +216,10 @@ def test_a_position_is_found_again_without_reading_what_is_before():
         assert _first(resumed, 10) == order[position : position + 10]
 
 
-@pytest.mark.parametrize(("name", "value"), [("shuffle_documents", True), ("preprocessing_num_workers", 2)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("shuffle_documents", True), ("preprocessing_num_workers", 2), ("preprocessing_num_workers", 0)],
+)
 def test_settings_of_the_cache_are_refused_for_streamed_text(folder, calls, name, value):
     data_args = DataArguments(train_data=[str(folder)], **{name: value})
     with pytest.raises(SettingsError, match=f"{name}={value} needs streaming=false"):
