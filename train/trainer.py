@@ -16,12 +16,16 @@ class UpcyclingTrainer(
 ):
     """[`Trainer`] for upcycled MoE checkpoints, and for dense ones, which have no router figures.
 
-    Each part does one thing and says in its own file what: `optimization.py`, `saving.py`, `balancing.py`,
-    `monitoring.py` and `evaluation.py`.
+    Each part does one thing and says in its own file what: `optimization.py`, `saving/mixin.py`, `balancing.py`,
+    `monitoring/mixin.py`, `evaluation.py` and `engines.py`.
+
+    Args:
+        args: [`UpcyclingTrainingArguments`].
+        data_collator: by default the one of packed blocks, which are all of one length.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, data_collator=kwargs.pop("data_collator", collate_blocks), **kwargs)
+    def __init__(self, model=None, args=None, data_collator=None, *others, **kwargs):
+        super().__init__(model, args, data_collator or collate_blocks, *others, **kwargs)
         # Dense models have no MoE layers. The class is not asked for: remote code would be another one.
         self.moe_layers = list(getattr(self.model.config, "moe_layers", []))
         self.set_up_saving()
