@@ -3,10 +3,13 @@
 Dimensions: S block size.
 """
 
+import hashlib
+import json
 import multiprocessing
 import queue
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import Any, Protocol
 
@@ -46,6 +49,20 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[l
     return [[*tokens, *end] for tokens in encoded["input_ids"]]
 
 
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, int | None]:
+    """Return what decides which tokens a text becomes: the backend as JSON, where there is one, and the last token."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return (tokenizer if backend is None else backend.to_str(), tokenizer.eos_token_id)
+
+
+def digest(*parts: bytes) -> str:
+    """Return a short text that is another one for other `parts`."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(hashlib.sha256(part).digest())
+    return whole.hexdigest()[:12]
+
+
 class TokenizedText:
     """A [`TokenSource`] that tokenizes documents as they are read.
 
@@ -65,7 +82,20 @@ class TokenizedText:
         self._state = self._beginning = {"documents": None, "num_taken": 0}
 
     def describe(self) -> dict[str, Any]:
-        return {"num_texts": len(self.documents.sources)}
+        return {
+            "num_texts": len(self.documents.sources),
+            "texts": self.documents.describe(),
+            "tokenizer": self._tokenizer_digest,
+        }
+
+    @cached_property
+    def _tokenizer_digest(self) -> str:
+        backend, end = tokenizer_identity(self.tokenizer)
+        if not isinstance(backend, str):
+            return digest(type(backend).__qualname__.encode(), repr(end).encode())
+        # Whoever calls a tokenizer changes how it truncates and pads, and no call here does either.
+        parts = {name: part for name, part in json.loads(backend).items() if name not in ("truncation", "padding")}
+        return digest(json.dumps(parts, sort_keys=True).encode(), repr(end).encode())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position: where a batch of documents begins, and how many of them were yielded."""
@@ -165,6 +195,10 @@ class PackedBlocks(torch.utils.data.IterableDataset):
     def follow_worker(self) -> None:
         """Let positions be known here too when a worker of a `DataLoader` reads the blocks; before it is started."""
         self._from_worker = multiprocessing.Queue()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the blocks depend on, but for their size; it fits in JSON."""
+        return {**self.source.describe(), "document_mask": self.document_mask}
 
     @property
     def num_blocks(self) -> int:

@@ -1,6 +1,7 @@
 """Streamed text: files or Hub datasets in, documents or packed blocks of tokens out."""
 
 import glob
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from datasets import Features, IterableDataset, Value, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from .packing import PackedBlocks, TokenizedText
+from .packing import PackedBlocks, TokenizedText, digest
 from .settings import SettingsError
 
 
@@ -20,6 +21,9 @@ LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "te
 COMPRESSIONS = (".gz", ".zst")
 SPLITS = ("train", "validation", "test")
 DOCUMENT_FEATURES = Features({"text": Value("string"), "domain": Value("string")})
+
+# Names of files and datasets that a description holds; its digest is over all.
+MAX_DESCRIBED = 3
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?$")
 
@@ -33,12 +37,15 @@ class TextSource:
         documents: Its rows as `{"text": ..., "domain": ...}`, in order.
         domain: The domain of the first document.
         has_domain_column: Each document says its domain; otherwise all have the same.
+        identity: What tells its documents from others, beginning with a name, wherever the files are; see
+            `TextStream.describe`. It fits in JSON.
     """
 
     name: str
     documents: IterableDataset
     domain: str
     has_domain_column: bool = False
+    identity: tuple[Any, ...] = ()
 
 
 class TextStream(torch.utils.data.IterableDataset):
@@ -57,6 +64,17 @@ class TextStream(torch.utils.data.IterableDataset):
 
     def _beginning(self) -> dict[str, Any]:
         return {"turn": 0, "is_exhausted": [False] * len(self.sources), "streams": [None] * len(self.sources)}
+
+    def describe(self) -> str:
+        """Return names of the sources, and a digest of what the documents and their order depend on.
+
+        Files count by name, size and column, so that they may move; datasets on the Hub by name, split and column.
+        """
+        identities = [source.identity or (source.name,) for source in self.sources]
+        names = [str(name) for name, *_ in identities[:MAX_DESCRIBED]]
+        if len(identities) > MAX_DESCRIBED:
+            names.append("...")
+        return f"{', '.join(names)} (digest {digest(json.dumps(identities).encode())})"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last document that was read; it fits in JSON."""
@@ -201,7 +219,8 @@ def _open_file(file: Path, text_column: str) -> TextSource:
     loader, options, column = how_to_load(file, text_column)
     try:
         rows = load_dataset(loader, data_files=str(file), split="train", streaming=True, **options)
-        return _as_source(rows, str(file), column, domain_of(file))
+        identity = (file.name, file.stat().st_size, column)
+        return _as_source(rows, str(file), column, domain_of(file), identity)
     except SettingsError:
         raise
     # The loaders raise whatever the parser of the format raises.
@@ -213,7 +232,7 @@ def _open_hub_dataset(source: str, split: str, text_column: str) -> TextSource:
     name, _, config = source.partition(":")
     try:
         rows = load_dataset(name, config or None, split=split, streaming=True)
-        return _as_source(rows, source, text_column, name.split("/")[-1])
+        return _as_source(rows, source, text_column, name.split("/")[-1], (source, split, text_column))
     except SettingsError:
         raise
     # The Hub client raises errors of many libraries: no such dataset, configuration, split, access or connection.
@@ -228,7 +247,9 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _as_source(rows: IterableDataset, name: str, text_column: str, domain: str) -> TextSource:
+def _as_source(
+    rows: IterableDataset, name: str, text_column: str, domain: str, identity: tuple[Any, ...]
+) -> TextSource:
     """Return `rows` as a source with the columns `text` and `domain` only; `domain` is for rows that name none."""
     first = next(iter(rows), None)
     check_columns(first, name, text_column)
@@ -237,7 +258,7 @@ def _as_source(rows: IterableDataset, name: str, text_column: str, domain: str) 
         return {"text": row[text_column] or "", "domain": row.get("domain") or domain}
 
     documents = rows.map(to_document, remove_columns=list(first), features=DOCUMENT_FEATURES)
-    return TextSource(name, documents, to_document(first)["domain"], "domain" in first)
+    return TextSource(name, documents, to_document(first)["domain"], "domain" in first, identity)
 
 
 def check_columns(first: dict[str, Any] | None, name: str, text_column: str) -> None:

@@ -25,14 +25,20 @@ from ..engines import data_parallel_size
 
 POSITION_FILE = "data_position.json"
 IGNORED_LABEL = -100
-# What the order of the text depends on, in words.
+# What the blocks depend on, in words; what explains most of the others comes first.
 ORDER_NAMES = {
-    "num_texts": "files or datasets in train_data",
-    "num_documents": "documents in train_data",
-    "shuffle_seed": "as the seed of shuffle_documents",
-    "streaming": "as streaming",
     "domain_weights": "as domain_weights",
+    "streaming": "as streaming",
+    "document_mask": "as document_mask",
+    "num_texts": "files or datasets in train_data",
+    "texts": "in train_data (names, sizes, order, split and text_column count)",
+    "tokenizer": "as the digest of the tokenizer",
+    "num_documents": "documents in train_data",
+    "tokens": "as the digest of the tokens that train_data becomes",
+    "shuffle_seed": "as the seed of shuffle_documents",
 }
+# Positions of earlier versions do not tell these, and are not refused for it.
+UNTOLD_BEFORE = ("document_mask", "texts", "tokenizer", "tokens")
 
 
 def collate_blocks(blocks: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -143,7 +149,7 @@ class SavePositionCallback(TrainerCallback):
             "num_processes": args.world_size,
             "blocks_per_step": num_blocks,
             "block_size": self.blocks.block_size,
-            "order": self.blocks.source.describe(),
+            "order": self.blocks.describe(),
             **self.blocks.state_dict(state.global_step * num_blocks),
         }
         _write_atomically(folder / POSITION_FILE, position)
@@ -192,7 +198,7 @@ def resume_position(checkpoint: str | Path, blocks: ResumableBlocks, args: Train
     """Let `blocks` go on where `checkpoint` was saved; without a saved position the text is read again up to there.
 
     Raises:
-        SettingsError: if the checkpoint was made with another global batch, block size, or number of texts.
+        SettingsError: if the checkpoint was made with another global batch, block size, document mask, or text.
     """
     state = read_position(checkpoint)
     if state is None:
@@ -204,7 +210,7 @@ def resume_position(checkpoint: str | Path, blocks: ResumableBlocks, args: Train
                 f"{checkpoint}: was saved with {name}={state[name]}, this run has {value}; resume with the same "
                 "global batch (per_device_train_batch_size x gradient_accumulation_steps x processes) and block_size."
             )
-    _check_order(checkpoint, state["order"], blocks.blocks.source.describe())
+    _check_order(checkpoint, state["order"], blocks.blocks.describe())
     if state["num_processes"] != args.world_size and args.process_index == 0:
         print(
             f"train.py: warning: {checkpoint} has the random states of {state['num_processes']} processes, this run "
@@ -216,12 +222,15 @@ def resume_position(checkpoint: str | Path, blocks: ResumableBlocks, args: Train
 
 
 def _check_order(checkpoint: str | Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    for name in sorted(saved.keys() | current.keys()):
+    # Streamed text does not tell that it is.
+    saved, current = ({"streaming": True, **order} for order in (saved, current))
+    for name, what in ORDER_NAMES.items():
+        if name in UNTOLD_BEFORE and name not in saved:
+            continue
         if saved.get(name) != current.get(name):
-            what = ORDER_NAMES.get(name, name)
             raise SettingsError(
                 f"{checkpoint}: was saved with {saved.get(name)} {what}, this run has {current.get(name)}; resume "
-                "with the same text in the same order."
+                "with the same text in the same order, or begin anew in another output_dir."
             )
 
 

@@ -1,17 +1,19 @@
 """Text that is tokenized once, into the cache of `datasets`, and then read at random."""
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute
 from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
 from datasets.fingerprint import Hasher
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from ...common.packing import tokenize
+from ...common.packing import digest, tokenize, tokenizer_identity
 from ...common.settings import SettingsError
 from ...common.text import check_columns, domain_of, find_files, first_line, how_to_load
 
@@ -32,6 +34,8 @@ class CachedTokens:
 
     # Documents that are read at a time.
     DOCUMENTS_PER_BATCH = 32
+    # Documents whose tokens `describe` looks at, besides the lengths of all: few enough to read from a slow disk.
+    MAX_DOCUMENTS_IN_DIGEST = 256
 
     def __init__(self, documents: Dataset, rows: np.ndarray, seed: int | None):
         self.documents = documents.with_format("numpy", columns=["input_ids"])
@@ -40,7 +44,21 @@ class CachedTokens:
         self._state = self._beginning = {"epoch": 0, "num_taken": 0}
 
     def describe(self) -> dict[str, Any]:
-        return {"streaming": False, "num_documents": len(self.rows), "shuffle_seed": self.seed}
+        return {
+            "streaming": False,
+            "num_documents": len(self.rows),
+            "shuffle_seed": self.seed,
+            "tokens": self._token_digest,
+        }
+
+    @cached_property
+    def _token_digest(self) -> str:
+        """Follows from the tokens, so from files, split, column and tokenizer alike, but not from where files are."""
+        lengths = pyarrow.compute.list_value_length(self.documents.data.column("input_ids")).to_numpy()
+        step = -(-len(self.rows) // self.MAX_DOCUMENTS_IN_DIGEST)
+        sample = self.documents[self.rows[:: max(step, 1)]]["input_ids"]
+        tokens = (np.asarray(document, dtype="<i4").tobytes() for document in sample)
+        return digest(lengths[self.rows].astype("<i8").tobytes(), *tokens)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position: the pass over the documents, and how many of them were yielded in it."""
@@ -145,7 +163,7 @@ def _tokenized(
         }
 
     # Its own fingerprint of the function would hash the tokenizer with what its calls leave behind in it.
-    identity = (rows._fingerprint, _identity(tokenizer), text_column, domain)
+    identity = (rows._fingerprint, tokenizer_identity(tokenizer), text_column, domain)
     return rows.map(
         to_tokens,
         batched=True,
@@ -157,12 +175,6 @@ def _tokenized(
         new_fingerprint=Hasher.hash(identity),
         desc=f"Tokenizing {name}",
     )
-
-
-def _identity(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return what decides which tokens a text becomes."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return (tokenizer if backend is None else backend.to_str(), tokenizer.eos_token_id)
 
 
 def rows_by_domain(documents: Dataset) -> dict[str, np.ndarray]:

@@ -1,8 +1,10 @@
 """The same blocks in the same steps, whatever the number of processes, and where a run goes on."""
 
+import copy
 import json
 import shutil
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,16 +42,20 @@ class _Characters:
 
 @pytest.fixture
 def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for name in ("math", "code"):
+    return _write_text(tmp_path_factory.mktemp("text"))
+
+
+def _write_text(folder, names=("math", "code")):
+    folder.mkdir(exist_ok=True)
+    for name in names:
         texts = [f"{name}{number:02}" * (number % 7) for number in range(30)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(folder)
 
 
-def _blocks(text, order, **settings):
-    data_args = DataArguments(train_data=[text], block_size=8, **ORDERS[order], **settings)
-    return training_blocks(data_args, _Characters(), seed=3)
+def _blocks(text, order, tokenizer=None, **settings):
+    settings = {"train_data": [text], "block_size": 8, **ORDERS[order], **settings}
+    return training_blocks(DataArguments(**settings), tokenizer or _Characters(), seed=3)
 
 
 def _steps(make_blocks, num_processes, num_steps):
@@ -156,6 +162,79 @@ def test_a_position_in_another_order_is_refused(text, tmp_path, order, other, se
     with pytest.raises(SettingsError) as error:
         resume_position(tmp_path, ResumableBlocks(_blocks(text, other, **settings)), _arguments(tmp_path))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("order", ["streamed", "shuffled"])
+def test_a_position_in_as_many_documents_of_other_text_is_refused(tmp_path, order):
+    """Number and names of files, documents and columns are the same, or the sizes are."""
+    first, second = (_write_text(tmp_path / name, ("text",)) for name in ("first", "second"))
+    file = Path(second, "text.jsonl")
+    rows = [json.loads(line) | {"other": "x"} for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({**row, "text": f"{row['text']}!"}) + "\n" for row in rows))
+    shutil.copytree(second, tmp_path / "moved")
+    both = [f"{first}/text.jsonl", f"{second}/text.jsonl"]
+    what = {"streamed": "in train_data", "shuffled": "as the digest of the tokens"}[order]
+
+    _save_start(_blocks(first, order), tmp_path)
+    assert what in _refusal(_blocks(second, order), tmp_path)
+    _save_start(_blocks(second, order), tmp_path)
+    assert what in _refusal(_blocks(second, order, text_column="other"), tmp_path)
+    assert _refusal(_blocks(str(tmp_path / "moved"), order), tmp_path) is None
+    _save_start(_blocks(None, order, train_data=both), tmp_path)
+    assert what in _refusal(_blocks(None, order, train_data=both[::-1]), tmp_path)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_position_of_another_tokenizer_or_mask_is_refused(text, tmp_path, order):
+    without_end = _Characters()
+    without_end.eos_token_id = None
+    _save_start(_blocks(text, order), tmp_path)
+    what = "tokens" if "shuffled" in order else "tokenizer"
+    assert f"digest of the {what}" in _refusal(_blocks(text, order, without_end), tmp_path)
+    message = "was saved with True as document_mask, this run has False"
+    assert message in _refusal(_blocks(text, order, document_mask=False), tmp_path)
+    assert _refusal(_blocks(text, order), tmp_path) is None
+
+
+def test_a_tokenizer_stays_the_same_while_it_is_used(text, tmp_path, tokenizer):
+    """Calls change how it truncates; another vocabulary makes it another."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer("text", truncation=True, max_length=4)
+    _save_start(_blocks(text, "streamed", tokenizer), tmp_path)
+    tokenizer("text", padding=True)
+    assert _refusal(_blocks(text, "streamed", tokenizer), tmp_path) is None
+    tokenizer.add_tokens(["math"])
+    assert "digest of the tokenizer" in _refusal(_blocks(text, "streamed", tokenizer), tmp_path)
+
+
+def _save_start(blocks, folder):
+    list(islice(blocks, 4))
+    _save(blocks, folder, step=1)
+
+
+def _refusal(blocks, folder):
+    """Return why `blocks` do not go on at the position in `folder`, or None if they do."""
+    try:
+        resume_position(folder, ResumableBlocks(blocks), _arguments(folder))
+    except SettingsError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_position_that_tells_less_of_the_text_goes_on(text, tmp_path, order):
+    """That of an earlier version has numbers, weights and seed only."""
+    expected = list(islice(_blocks(text, order), 12))
+    _save_start(_blocks(text, order), tmp_path)
+    file = tmp_path / "data_position.json"
+    position = json.loads(file.read_text())
+    for name in ("texts", "tokenizer", "tokens", "document_mask"):
+        position["order"].pop(name, None)
+    file.write_text(json.dumps(position))
+
+    resumable = ResumableBlocks(_blocks(text, order))
+    resume_position(tmp_path, resumable, _arguments(tmp_path))
+    assert list(islice(resumable, 4, 12)) == expected[4:]
 
 
 def test_a_position_of_an_earlier_version_reads_the_text_again(text, tmp_path):
