@@ -120,17 +120,18 @@ class RecipeArguments:
         default="constant_with_warmup", metadata=_help("With the steps below, or any of Transformers'.")
     )
     warmup_steps: float = field(default=0.01, metadata=_help("Steps of linear warm-up; below 1 a share of max_steps."))
-    lr_decay_points: list[float] = field(
-        default_factory=lambda: [0.8, 0.9],
-        metadata=_help("Shares of max_steps at which the learning rate steps down."),
+    lr_decay_points: list[float] | None = field(
+        default=None,
+        metadata=_help(
+            "Shares of max_steps at which the learning rate steps down: [0.8, 0.9], or none for other schedules."
+        ),
     )
     lr_decay_factor: float = field(default=0.316, metadata=_help("What it is multiplied by at each of them."))
     router_learning_rate: float | None = field(
         default=None, metadata=_help("Peak learning rate of the routers, if not learning_rate.")
     )
-    router_warmup_steps: float = field(
-        default=0.0,
-        metadata=_help("First steps, below 1 a share of max_steps, that train the routers only; the rest is held."),
+    router_warmup_steps: int = field(
+        default=0, metadata=_help("First steps that train the routers only; the rest is held, and warms up then.")
     )
     adam_beta1: float = field(default=0.9, metadata=_help("AdamW's beta1."))
     adam_beta2: float = field(default=0.95, metadata=_help("AdamW's beta2."))
@@ -389,7 +390,7 @@ def _checked(name: str, value: Any, expected: Any) -> Any:
         return float(value)
     if isinstance(value, str) and expected == list[str]:
         return [value]
-    if isinstance(value, list) and expected == list[float]:
+    if isinstance(value, list) and list[float] in (expected, *allowed):
         return [_checked(name, item, float) for item in value]
     if isinstance(value, dict) and dict[str, float] in allowed:
         return {key: _checked(f"{name}.{key}", weight, float) for key, weight in value.items()}

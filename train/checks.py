@@ -22,7 +22,16 @@ LEAST_VALUES = {
     "expert_parallel_size": 1,
     "loss_chunk_tokens": 0,
 }
+NOT_NEGATIVE = (
+    "learning_rate",
+    "router_learning_rate",
+    "router_warmup_steps",
+    "lr_decay_factor",
+    "max_skipped_steps",
+)
 CONSTANT_WITH_WARMUP = "constant_with_warmup"
+# DeepSeekMoE (arXiv 2401.06066), section 4.1.
+DECAY_POINTS = (0.8, 0.9)
 # What the launcher cannot lay out here, with the way out.
 UNSUPPORTED_DIMENSIONS = {
     "tp": "leave it out and give tensor_parallel_size as a setting of the run",
@@ -49,32 +58,46 @@ def check_schedule(args: RecipeArguments) -> None:
     Raises:
         SettingsError: if a part of it is out of range, or the parts exclude each other.
     """
-    for name in ("router_learning_rate", "router_warmup_steps", "max_skipped_steps"):
+    for name in (
+        "learning_rate",
+        "router_learning_rate",
+        "router_warmup_steps",
+        "lr_decay_factor",
+        "max_skipped_steps",
+    ):
         if (getattr(args, name) or 0) < 0:
             raise SettingsError(f"{name}={getattr(args, name):g} is negative; give 0 or more.")
     scheduler = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    if scheduler != CONSTANT_WITH_WARMUP and args.lr_decay_points:
+    decay_points = settled_decay_points(args)
+    if scheduler != CONSTANT_WITH_WARMUP and decay_points:
         raise SettingsError(
             f"lr_scheduler_type={scheduler!r} decays in its own way and takes no lr_decay_points; set "
             "lr_decay_points=[]."
         )
-    if outside := [point for point in args.lr_decay_points if not 0 <= point <= 1]:
+    if outside := [point for point in decay_points if not 0 <= point <= 1]:
         raise SettingsError(f"lr_decay_points holds {outside}; they are shares of max_steps, from 0 to 1.")
     if scheduler != CONSTANT_WITH_WARMUP and args.router_warmup_steps:
         raise SettingsError(
             f"router_warmup_steps={args.router_warmup_steps:g} needs lr_scheduler_type='{CONSTANT_WITH_WARMUP}', "
             f"not {scheduler!r}."
         )
-    num_held_steps = settled_steps(args.router_warmup_steps, args.max_steps)
-    last_step = num_held_steps + settled_steps(args.warmup_steps, args.max_steps)
-    first_decay_step = round(min(args.lr_decay_points, default=1.0) * args.max_steps)
-    if args.lr_decay_points and last_step > first_decay_step:
-        held = f"router_warmup_steps={args.router_warmup_steps:g} and " if num_held_steps else ""
+    last_step = args.router_warmup_steps + settled_steps(args.warmup_steps, args.max_steps)
+    end = round(min(decay_points, default=1.0) * args.max_steps)
+    if last_step > end:
+        held = f"router_warmup_steps={args.router_warmup_steps} and " if args.router_warmup_steps else ""
+        what = f"the learning rate decays from step {end} on" if decay_points else "the run ends before"
         raise SettingsError(
             f"{held}warmup_steps={args.warmup_steps:g}: the warm-up takes {last_step} steps, but with max_steps="
-            f"{args.max_steps} the learning rate decays from step {first_decay_step} on; give a share below 1, or "
-            "train for longer."
+            f"{args.max_steps} {what}; warm up for fewer, or train for longer."
         )
+
+
+def settled_decay_points(args: RecipeArguments) -> list[float]:
+    """Return the shares of the steps at which the learning rate steps down."""
+    if args.lr_decay_points is not None:
+        return args.lr_decay_points
+    scheduler = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    return list(DECAY_POINTS) if scheduler == CONSTANT_WITH_WARMUP else []
 
 
 def settled_steps(steps: float, max_steps: int) -> int:

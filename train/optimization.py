@@ -38,7 +38,7 @@ class OptimizationMixin:
         self.num_skipped_in_a_row = 0
         self.step_was_left_out = False
         self._last_step_loss: torch.Tensor | float = 0.0
-        self._num_held_steps = self.args.get_router_warmup_steps()
+        self._num_held_steps = self.args.router_warmup_steps
         # Positions in the optimizer of the groups with the routers' parameters.
         self._router_groups: list[int] = []
         self.add_callback(_StepBeginCallback(self))

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from ..common.settings import SettingsError
 from .arguments import EngineArguments, MonitoringArguments, RecipeArguments
-from .checks import accumulation_steps, check_monitoring, check_num_processes, check_schedule, settled_steps
+from .checks import accumulation_steps, check_monitoring, check_num_processes, check_schedule, settled_decay_points
 from .engines import data_parallel_size
 
 
@@ -27,8 +27,12 @@ class UpcyclingTrainingArguments(RecipeArguments, EngineArguments, MonitoringArg
     """
 
     def __post_init__(self):
+        # Made by hand, these have no settings that they could follow from.
+        self.eval_strategy = self.eval_strategy or "no"
+        self.report_to = self.report_to or "none"
         super().__post_init__()
         check_schedule(self)
+        self.lr_decay_points = settled_decay_points(self)
         check_monitoring(self)
         check_num_processes(self.expected_processes, self.world_size)
         self._settle_gradient_checkpointing()
@@ -38,6 +42,13 @@ class UpcyclingTrainingArguments(RecipeArguments, EngineArguments, MonitoringArg
                 f"resume_from_checkpoint={self.resume_from_checkpoint}, but save_only_model=true keeps no optimizer "
                 "to go on with; leave one of them out."
             )
+        if self.label_smoothing_factor:
+            raise SettingsError(
+                f"label_smoothing_factor={self.label_smoothing_factor:g}: the models compute their loss themselves, "
+                "without it; leave it out."
+            )
+        if self.fp16 and self.use_cpu:
+            raise SettingsError("fp16=true has no effect on a CPU; leave it out, or set bf16=true.")
         if self.enable_jit_checkpoint:
             raise SettingsError(
                 "enable_jit_checkpoint=true: every run here saves and stops on SIGTERM and SIGUSR1, all its processes "
@@ -70,10 +81,6 @@ class UpcyclingTrainingArguments(RecipeArguments, EngineArguments, MonitoringArg
         if hasattr(self, "activation_checkpointing_kwargs"):
             # The name that newer Transformers reads.
             self.activation_checkpointing_kwargs = options
-
-    def get_router_warmup_steps(self) -> int:
-        """Return the number of first steps that train the routers only."""
-        return settled_steps(self.router_warmup_steps, self.max_steps)
 
     def set_tokens_per_step(self, block_size: int) -> None:
         """Set `gradient_accumulation_steps` so that a step takes `tokens_per_step` tokens, if that is given.

@@ -11,6 +11,7 @@ from training_runs import ROOT, TRAIN_SCRIPT, run_script
 
 from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.train.arguments import parse_arguments, parse_command_line, resolved_settings
+from upcycled_moe.train.training_arguments import UpcyclingTrainingArguments
 
 
 # The least of each.
@@ -71,8 +72,8 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
             "warmup_steps=9: the warm-up takes 9 steps, but with max_steps=10 the learning rate decays from",
         ),
         (
-            ["router_warmup_steps=0.5", "warmup_steps=4"],
-            "router_warmup_steps=0.5 and warmup_steps=4: the warm-up takes 9",
+            ["router_warmup_steps=5", "warmup_steps=4"],
+            "router_warmup_steps=5 and warmup_steps=4: the warm-up takes 9",
         ),
         (
             ["router_warmup_steps=2", "lr_scheduler_type=cosine", "lr_decay_points=[]"],
@@ -80,7 +81,14 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
         ),
         (["router_learning_rate=-1"], "router_learning_rate=-1 is negative; give 0 or more."),
         (["eval_strategy=sometimes", "eval_data=t"], "sometimes is not a valid IntervalStrategy"),
-        (["lr_scheduler_type=cosine"], "set lr_decay_points=[]."),
+        (["lr_scheduler_type=cosine", "lr_decay_points=[0.5]"], "set lr_decay_points=[]."),
+        (
+            ["router_warmup_steps=11", "lr_decay_points=[]"],
+            "with max_steps=10 the run ends before",
+        ),
+        (["learning_rate=-1"], "learning_rate=-1 is negative; give 0 or more."),
+        (["label_smoothing_factor=0.1"], "label_smoothing_factor=0.1: the models compute their loss themselves"),
+        (["fp16=true", "use_cpu=true"], "fp16=true has no effect on a CPU"),
         (["lr_decay_points=[80]"], "lr_decay_points holds [80.0]"),
         (["expected_processes=2"], "expected_processes=2, but 1 started"),
         (["dataloader_num_workers=2"], "dataloader_num_workers=2: each worker would read all of the text"),
@@ -112,6 +120,17 @@ def test_no_is_a_word_and_not_a_truth_value():
 
 def test_null_stands_for_no_limit():
     assert parse_arguments([*REQUIRED, "max_eval_blocks=null"]).data.max_eval_blocks is None
+
+
+def test_only_the_schedule_of_the_recipe_steps_down_by_default():
+    assert parse_arguments(REQUIRED).training.lr_decay_points == [0.8, 0.9]
+    assert parse_arguments([*REQUIRED, "lr_scheduler_type=cosine"]).training.lr_decay_points == []
+
+
+def test_arguments_made_by_hand_have_defaults_too(tmp_path):
+    arguments = UpcyclingTrainingArguments(output_dir=str(tmp_path), max_steps=100, use_cpu=True)
+    assert arguments.eval_strategy == "no"
+    assert arguments.report_to == []
 
 
 def test_tokens_per_step_sets_the_accumulation():

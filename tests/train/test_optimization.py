@@ -58,7 +58,7 @@ def test_routers_with_a_learning_rate_of_zero_stay(settings, moe_checkpoint, tmp
 
 @pytest.mark.parametrize("setting", ["router_learning_rate", "router_warmup_steps"])
 def test_a_model_without_routers_is_refused(settings, dense_checkpoint, tmp_path, capsys, setting):
-    settings |= {"model_name_or_path": dense_checkpoint, "output_dir": tmp_path / "out", setting: 0.1}
+    settings |= {"model_name_or_path": dense_checkpoint, "output_dir": tmp_path / "out", setting: 1}
     assert main(command_line(settings)) == 2
     assert f"{setting} is given, but the model has no router parameters to train" in capsys.readouterr().err
 

@@ -15,6 +15,7 @@ from .collapse import CollapseWatch
 from .pictures import INSTALL, can_draw, draw_loads, draw_saturation, pixels, save_png
 from .probes import (
     SATURATION_FILE,
+    TEXT_KEYS,
     ProbeFolder,
     probe_text,
     saturation,
@@ -67,7 +68,7 @@ class RoutingView:
         self._every = LOGS_PER_PROBE * state.logging_steps if every is None else every
         self._watch = None
         if args.router_collapse_threshold > 0:
-            num_first_steps = args.get_router_warmup_steps() + args.get_warmup_steps(state.max_steps)
+            num_first_steps = args.router_warmup_steps + args.get_warmup_steps(state.max_steps)
             self._watch = CollapseWatch(args.router_collapse_threshold, num_first_steps)
         self._steps: list[int] = []
         self._violations: list[list[float]] = []
@@ -91,7 +92,7 @@ class RoutingView:
             self._violations.append([layer["max_violation"] for layer in entry["layers"].values()])
 
     def _begin_probes(self, batch: Mapping[str, torch.Tensor]) -> None:
-        self._text: torch.Tensor | None = None
+        self._text: dict[str, torch.Tensor] | None = None
         if not self._every or not self.args.router_probe_tokens:
             return
         self._first = self._last = None
@@ -108,13 +109,15 @@ class RoutingView:
         if self._probed_step is None:
             self._probe(self._last_step)
 
-    def _choose_text(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _choose_text(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         eval_sets = self.trainer.eval_dataset
         if not isinstance(eval_sets, dict):
-            return probe_text(batch["input_ids"].tolist(), self.args.router_probe_tokens)
+            rows = {name: batch[name].tolist() for name in TEXT_KEYS if name in batch}
+            blocks = (dict(zip(rows, block, strict=True)) for block in zip(*rows.values(), strict=True))
+            return probe_text(blocks, self.args.router_probe_tokens)
         # A block of each domain, then the next of each.
         blocks = (
-            eval_sets[domain][number]["input_ids"]
+            eval_sets[domain][number]
             for number in range(max(map(len, eval_sets.values())))
             for domain in eval_sets
             if number < len(eval_sets[domain])
@@ -125,7 +128,7 @@ class RoutingView:
         """Look at what the routers select now, and return by figure how that compares [L], in the first process."""
         trainer = self.trainer
         batch_size = self.args.per_device_eval_batch_size
-        selected = select_experts(trainer.model, self._text, batch_size, self.args.device)
+        selected = select_experts(trainer.model, self._text, batch_size, self.args.device, trainer.data_collator)
         self._probed_step = step
         if not trainer.is_world_process_zero():
             return {}
