@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 INSTALL = "pip install 'upcycled-moe[plots]'"
 # Lines of more layers than so many are told apart by a scale of colours.
 MAX_LEGEND = 8
+# Colours go so far: one expert that gets far more must not make all others look balanced.
+MAX_RELATIVE_LOAD = 4.0
 
 
 def can_draw() -> bool:
@@ -47,21 +49,29 @@ def draw_loads(
     top, bottom = figure.subplots(2, 1, height_ratios=[max(0.16 * len(layers), 2.2), 2.2])
 
     colors = colormaps["coolwarm"].with_extremes(bad="black")
-    highest = max(2.0, float(relative.max()))
+    largest = float(relative.max())
+    busiest_layer = layers[int(relative.max(axis=1).argmax())]
+    highest = min(max(2.0, largest), MAX_RELATIVE_LOAD)
     norm = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=highest)
     image = top.imshow(
         np.ma.masked_where(~(relative > 0), relative), cmap=colors, norm=norm, aspect="auto", interpolation="nearest"
     )
-    top.set_title(f"Load of each expert in the log of step {steps[-1]} (black: no token)", loc="left")
+    top.set_title(
+        f"Load of each expert in the log of step {steps[-1]} (black: no token; largest: {largest:.2g} × the balanced "
+        f"one, in layer {busiest_layer})",
+        loc="left",
+        fontsize="medium",
+    )
     top.set(xlabel="expert", ylabel="layer")
     ticks = range(0, len(layers), -(-len(layers) // 24))
     top.set_yticks(ticks, [str(layers[tick]) for tick in ticks])
     top.xaxis.get_major_locator().set_params(integer=True)
-    bar = figure.colorbar(image, ax=top, label="times the balanced load", pad=0.02)
+    extend = "max" if largest > highest else "neither"
+    bar = figure.colorbar(image, ax=top, label="times the balanced load", pad=0.02, extend=extend)
     bar.set_ticks([0, 0.5, 1, highest], labels=["0", "0.5", "1", f"{highest:.2g}"])
 
     _draw_lines(figure, bottom, layers, steps, violations)
-    bottom.set_title("Largest load of a layer, times the balanced one, minus 1", loc="left")
+    bottom.set_title("Largest load of a layer, times the balanced one, minus 1", loc="left", fontsize="medium")
     bottom.set(xlabel="optimizer steps", ylabel="max_violation", ylim=(0, None))
     return figure
 

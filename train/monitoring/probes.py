@@ -6,17 +6,23 @@ Dimensions: B sequences of the probe, S their length, T = B * S tokens, K slots 
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from ..data.blocks import collate_blocks
 
 
 PROBE_FOLDER = "router_probes"
 SATURATION_FILE = "router_saturation.json"
 TEXT_FILE = "text.safetensors"
+# What a block says: its tokens and, where documents do not see each other, where they begin.
+TEXT_KEYS = ("input_ids", "position_ids")
 
 
 def selection_overlap(first: torch.Tensor, second: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -36,29 +42,44 @@ def _layer_overlap(first: torch.Tensor, second: torch.Tensor, num_experts: int) 
     return torch.where(largest > 0, common / largest.clamp(min=1), 1.0).mean()
 
 
-def probe_text(sequences: Iterable[Sequence[int]], num_tokens: int) -> torch.Tensor:
-    """Return the first of `sequences`, of equal length, that have `num_tokens` [B, S]; a part of a longer one."""
-    chosen: list[Sequence[int]] = []
-    for sequence in sequences:
-        chosen.append(sequence[:num_tokens])
-        if len(chosen) * len(chosen[0]) >= num_tokens:
+def probe_text(blocks: Iterable[Mapping[str, Sequence[int]]], num_tokens: int) -> dict[str, torch.Tensor]:
+    """Return the first of `blocks`, of equal length, that have `num_tokens`; a part of a longer one.
+
+    That is `input_ids` and, if blocks have them, `position_ids` [B, S].
+    """
+    chosen: list[Mapping[str, Sequence[int]]] = []
+    for block in blocks:
+        chosen.append({name: block[name][:num_tokens] for name in TEXT_KEYS if name in block})
+        if len(chosen) * len(chosen[0]["input_ids"]) >= num_tokens:
             break
-    return torch.tensor(chosen)
+    return {name: torch.tensor([block[name] for block in chosen]) for name in chosen[0]}
 
 
 @torch.no_grad()
 def select_experts(
-    model: torch.nn.Module, text: torch.Tensor, batch_size: int, device: torch.device | str
+    model: torch.nn.Module,
+    text: Mapping[str, torch.Tensor],
+    batch_size: int,
+    device: torch.device | str,
+    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]] = collate_blocks,
 ) -> torch.Tensor:
-    """Return the experts [L, T, K] of the tokens of `text` [B, S] in evaluation mode, in as few bytes as hold E.
+    """Return the experts [L, T, K] of the tokens of a probe's text in evaluation mode, in as few bytes as hold E.
 
     Draws no random numbers and leaves the model as it was.
+
+    Args:
+        text: see [`probe_text`].
+        collate: makes the batches of training, whose attention tells documents apart where `text` does.
     """
     was_training = model.training
     model.eval()
     parts = []
-    for sequences in text.split(batch_size):
-        outputs = model(input_ids=sequences.to(device), output_router_logits=True, use_cache=False, logits_to_keep=1)
+    blocks = [{name: rows[number].tolist() for name, rows in text.items()} for number in range(len(text["input_ids"]))]
+    for begin in range(0, len(blocks), batch_size):
+        batch = send_to_device(collate(blocks[begin : begin + batch_size]), device)
+        # Nothing is predicted here.
+        del batch["labels"]
+        outputs = model(**batch, output_router_logits=True, use_cache=False, logits_to_keep=1)
         num_experts = outputs.router_logits[0].shape[-1]
         dtype = torch.uint8 if num_experts <= torch.iinfo(torch.uint8).max else torch.int16
         parts.append(torch.stack([selected.to("cpu", dtype) for selected in outputs.selected_experts]))
@@ -88,15 +109,15 @@ class ProbeFolder:
     def _file(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.safetensors"
 
-    def read_text(self) -> torch.Tensor | None:
-        """Return the text [B, S], or None if there is none."""
+    def read_text(self) -> dict[str, torch.Tensor] | None:
+        """Return what [`probe_text`] chose, or None if there is none; earlier versions kept no `position_ids`."""
         file = self.folder / TEXT_FILE
-        return load_file(file)["input_ids"] if file.is_file() else None
+        return load_file(file) if file.is_file() else None
 
-    def write_text(self, text: torch.Tensor) -> None:
-        """Keep the text [B, S]."""
+    def write_text(self, text: dict[str, torch.Tensor]) -> None:
+        """Keep what [`probe_text`] chose."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(self.folder / TEXT_FILE, {"input_ids": text})
+        _write_whole(self.folder / TEXT_FILE, text)
 
     def read(self, step: int) -> torch.Tensor:
         """Return the selections [L, T, K] of the probe at `step`."""

@@ -63,9 +63,25 @@ def test_a_single_log_is_no_reason():
     assert not any(_lines(CollapseWatch(0.3), TWO_EXPERTS, BALANCED, TWO_EXPERTS, BALANCED))
 
 
-def test_the_first_steps_and_few_tokens_tell_nothing():
+def test_the_first_steps_tell_nothing():
     assert not any(_lines(CollapseWatch(0.3, first_step=5), *[TWO_EXPERTS] * 6))
-    assert not any(_lines(CollapseWatch(0.3), *[HALF_DEAD] * 5, num_tokens=100 * NUM_EXPERTS // TOP_K - 1))
+
+
+@pytest.mark.parametrize("collapsed", [TWO_EXPERTS, HALF_DEAD])
+def test_logs_of_few_tokens_are_judged_together(collapsed):
+    """100 selections an expert are enough, and two such judgements."""
+    num_tokens = 100 * NUM_EXPERTS // TOP_K // 4
+    said = _lines(CollapseWatch(0.3), *[collapsed] * 12, *[BALANCED] * 12, num_tokens=num_tokens)
+    assert [step for step, lines in enumerate(said, 1) if lines] == [8, 20]
+    assert "expert 0 gets 47%" in said[7][0] or "8 of 16 experts get none" in said[7][0]
+    assert not any(_lines(CollapseWatch(0.3), *[collapsed] * 9, num_tokens=num_tokens - 1))
+
+
+def test_logs_that_leave_out_other_experts_in_turn_are_balanced_together():
+    """As chance does it where a log has few tokens."""
+    halves = [_metrics([0.0] * 8 + [0.125] * 8), _metrics([0.125] * 8 + [0.0] * 8)]
+    num_tokens = 100 * NUM_EXPERTS // TOP_K // 2
+    assert not any(_lines(CollapseWatch(0.3), *halves * 10, num_tokens=num_tokens))
 
 
 def test_figures_that_are_no_numbers_tell_nothing():

@@ -75,7 +75,8 @@ def test_probes_tell_which_selections_changed_and_stayed(settings, train_files, 
 
     probes = ProbeFolder(tmp_path / "out")
     assert probes.steps() == [0, 2, 4, 5]
-    assert probes.read_text().shape == (2, 64)
+    text = probes.read_text()
+    assert text["input_ids"].shape == text["position_ids"].shape == (2, 64)
     selected = [probes.read(step) for step in probes.steps()]
     assert selected[0].shape == (1, 128, 2)
     assert selected[0].dtype == torch.uint8
@@ -117,6 +118,19 @@ def test_a_resumed_run_goes_on_with_the_files(settings, tmp_path):
     _train(settings, tmp_path / "again", max_steps=1, logging_steps=1)
     assert [entry["step"] for entry in read_routing(tmp_path / "again" / "routing.jsonl")] == [1]
     assert ProbeFolder(tmp_path / "again").steps() == [0, 1]
+
+
+def test_probes_of_a_run_that_kept_no_positions_go_on(settings, tmp_path):
+    """They are compared with one another, so the text stays as it was."""
+    _train(settings, tmp_path, save_strategy="steps", save_steps=3, max_steps=3)
+    probes = ProbeFolder(tmp_path)
+    text = probes.read_text()
+    assert text["input_ids"].shape == text["position_ids"].shape == (2, 64)
+    earlier = {"input_ids": text["input_ids"]}
+    probes.write_text(earlier)
+    _train(settings, tmp_path, save_strategy="steps", save_steps=3, resume_from_checkpoint="last")
+    assert probes.read_text().keys() == earlier.keys()
+    assert probes.steps() == [0, 2, 3, 4, 6]
 
 
 def test_files_that_cannot_be_written_do_not_stop_a_run(settings, tmp_path, capsys):

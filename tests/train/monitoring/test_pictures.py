@@ -31,6 +31,20 @@ def test_heat_map_shows_each_expert_of_each_layer(tmp_path):
     assert min(height, width) > 100
 
 
+@pytest.mark.parametrize(
+    ("largest", "highest", "extend"), [(0.25, 2, "neither"), (0.3, 2.4, "neither"), (1, 4, "max")]
+)
+def test_one_expert_with_all_tokens_does_not_hide_what_others_get(largest, highest, extend):
+    layers, num_experts = [0, 5], 8
+    others = (1 - largest) / (num_experts - 1)
+    figure = draw_loads(layers, [[1 / 8] * 8, [largest] + [others] * 7], [10], [[0.0, largest * 8 - 1]])
+    heat_map = figure.axes[0]
+    (image,) = heat_map.get_images()
+    assert (image.norm.vmin, image.norm.vcenter, image.norm.vmax) == pytest.approx((0, 1, highest))
+    assert image.colorbar.extend == extend
+    assert f"largest: {largest * 8:.2g} × the balanced one, in layer 5" in heat_map.get_title(loc="left")
+
+
 def test_many_layers_share_a_scale_of_colours():
     figure = draw_saturation(range(20), [0, 10], np.linspace(0, 1, 40).reshape(2, 20))
     lines, scale = figure.axes
