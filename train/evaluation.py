@@ -10,8 +10,19 @@ from modeling_upcycled_moe.selection_upcycled_moe import sum_dtype
 from .data.blocks import count_targets
 
 
+def perplexity(loss: float) -> float:
+    """Return `exp(loss)`, infinite where that is beyond what a float holds."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 class EvaluationMixin:
     """Evaluates the language-modeling loss alone, over all targets of each domain, and over those of all domains."""
+
+    # The step of the last evaluation of all domains, and what it returned.
+    _last_evaluation: tuple[int, dict[str, float]] = (-1, {})
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training:
@@ -40,13 +51,24 @@ class EvaluationMixin:
         loss_sum, num_targets = self.accelerator.reduce(self._eval_sums, reduction="sum").tolist()
         loss = loss_sum / max(num_targets, 1)
         output.metrics[f"{metric_key_prefix}_loss"] = loss
-        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(loss)
+        output.metrics[f"{metric_key_prefix}_perplexity"] = perplexity(loss)
         self._num_eval_targets = num_targets
         return output
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+    def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
         with self.not_timed():
-            return self._evaluate_domains(*args, **kwargs)
+            metrics = self._evaluate_domains(eval_dataset, *args, **kwargs)
+        if eval_dataset is None:
+            self._last_evaluation = self.state.global_step, metrics
+        return metrics
+
+    def evaluate_at_end(self) -> dict[str, float]:
+        """Return what `evaluate` returns for the trained model, and repeat nothing that its last step ended with."""
+        step, metrics = self._last_evaluation
+        # The best model may be that of another step.
+        if step == self.state.global_step and not self.args.load_best_model_at_end:
+            return metrics
+        return self.evaluate()
 
     def _evaluate_domains(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         eval_sets = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -59,6 +81,6 @@ class EvaluationMixin:
             loss_sum += metrics[f"{prefix}_loss"] * self._num_eval_targets
             num_targets += self._num_eval_targets
         loss = loss_sum / num_targets
-        overall = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(loss)}
+        overall = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": perplexity(loss)}
         self.log(dict(overall))
         return {**metrics, **overall}

@@ -115,7 +115,7 @@ def train(arguments: Arguments) -> None:
             print(f"train.py: warning: {risk}", file=sys.stderr)
 
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = trainer.evaluate() if eval_sets else {}
+    metrics = trainer.evaluate_at_end() if eval_sets else {}
     trainer.save_model()
     if training_args.should_save:
         print(summary(trainer, result, metrics))

@@ -6,7 +6,7 @@ import re
 import sys
 import zipfile
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
@@ -15,20 +15,52 @@ from transformers.utils import CONFIG_NAME, strtobool
 
 from ...common.settings import SettingsError
 from ..data.blocks import read_position
-from ..engines import DEEPSPEED_FILE, OPTIMIZER_FOLDER
+from ..engines import DEEPSPEED_FILE, OPTIMIZER_FOLDER, shards_at_load
 from ..errors import RunEnded
 from .staging import finish_moving_model
 
 
-Engine = Literal["fsdp", "deepspeed"]
+# What shards a run's model, or its optimizer: each has names of its own for what it saves.
+Engine = Literal["fsdp", "deepspeed", "sharded_at_load"]
+ENGINE_NAMES: dict[Engine | None, str] = {
+    None: "whole copies of the model",
+    "fsdp": "FSDP",
+    "deepspeed": "DeepSpeed",
+    "sharded_at_load": "tensor_parallel_size or expert_parallel_size above 1",
+}
 # The resolved settings of a run, which `--config` takes.
 CONFIG_FILE = "training_config.yaml"
+# How many of the last steps before a checkpoint were left out, if any.
+SKIPPED_FILE = "skipped_steps.json"
 
 
-def checkpoint_folders(output_dir: str | Path) -> list[Path]:
-    """Return the checkpoints in `output_dir`, oldest first, whole or not."""
+def checkpoint_folders(output_dir: str | Path, last_step: int | None = None) -> list[Path]:
+    """Return the checkpoints in `output_dir` up to `last_step`, by step, whole or not."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+    return sorted((folder for folder in folders if last_step is None or _step(folder) <= last_step), key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def checkpoint_before_skipped(output_dir: str | Path, step: int, num_skipped: int) -> Path | None:
+    """Return the newest whole checkpoint from before the last `num_skipped` steps up to `step`, or None.
+
+    One from before the last step that moved the weights comes first: that step may have ruined them.
+    """
+    moved = step - num_skipped
+    for last_step in (moved - 1, moved):
+        for folder in reversed(checkpoint_folders(output_dir, last_step)):
+            if not num_skipped_before(folder) and fault_of(folder, engine_of(folder)) is None:
+                return folder
+    return None
+
+
+def num_skipped_before(checkpoint: str | Path) -> int:
+    """Return how many of the last steps before `checkpoint` were left out."""
+    file = Path(checkpoint, SKIPPED_FILE)
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else 0
 
 
 def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
@@ -39,12 +71,11 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
 
     Raises:
         RunEnded: if `auto` finds the final model.
-        SettingsError: if there is none, the one that is named is not whole, nothing is left to train, or a fresh
-            start would mix its checkpoints with those of another run.
+        SettingsError: if there is none, the one that is named is not whole, it is another engine's, nothing is left
+            to train, or a fresh start would mix its checkpoints with those of another run.
     """
     wanted, output_dir = training_args.resume_from_checkpoint, training_args.output_dir
     folders = checkpoint_folders(output_dir)
-    engine = _engine_of(training_args)
     with training_args.main_process_first(local=training_args.save_on_each_node):
         if training_args.should_save:
             finish_moving_model(Path(output_dir))
@@ -52,7 +83,7 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
         raise RunEnded(0, f"{output_dir} holds the final model of step {step}; nothing is left to train.")
     if wanted in ("last", "auto"):
         for folder in reversed(folders):
-            if (fault := fault_of(folder, engine)) is None:
+            if (fault := fault_of(folder, engine_of(folder))) is None:
                 return _worth_resuming(folder, training_args)
             if training_args.process_index == 0:
                 print(f"train.py: warning: {folder} is passed over: {fault}.", file=sys.stderr)
@@ -63,9 +94,18 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
             "leave it out to start, or set it to auto."
         )
     if wanted is not None:
-        if (fault := fault_of(Path(wanted), engine)) is not None:
+        folder = Path(wanted)
+        if (fault := fault_of(folder, engine_of(folder))) is not None:
             raise SettingsError(f"resume_from_checkpoint={wanted}: not a complete checkpoint: {fault}.")
-        return _worth_resuming(Path(wanted), training_args)
+        resumed = _worth_resuming(folder, training_args)
+        if folder.resolve() in [older.resolve() for older in folders[:-1]] and training_args.process_index == 0:
+            print(
+                f"train.py: warning: {folders[-1]} stays until this run comes to its step, and "
+                "resume_from_checkpoint=last would go on from there; remove what is later than "
+                f"{folder.name}, or choose another output_dir.",
+                file=sys.stderr,
+            )
+        return resumed
     # The Trainer writes its state last: without it a folder is what an interrupted first save left.
     saved = [folder for folder in folders if (folder / TRAINER_STATE_NAME).is_file()]
     if saved:
@@ -77,6 +117,13 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
 
 
 def _worth_resuming(folder: Path, training_args: TrainingArguments) -> str:
+    engine, wrote = running_engine(training_args), engine_of(folder)
+    if engine != wrote:
+        raise SettingsError(
+            f"resume_from_checkpoint={training_args.resume_from_checkpoint}: {folder} was saved with "
+            f"{ENGINE_NAMES[wrote]}, this run has {ENGINE_NAMES[engine]}, and an optimizer is only resumed in the "
+            "same way; start in that way, or choose another output_dir for a new run."
+        )
     step = _saved_step(folder)
     is_final = _final_step(Path(training_args.output_dir)) is not None
     if step > training_args.max_steps or (step == training_args.max_steps and is_final):
@@ -102,11 +149,21 @@ def _final_step(output_dir: Path) -> int | None:
         return None
 
 
-def _engine_of(training_args: TrainingArguments) -> Engine | None:
-    for engine in get_args(Engine):
+def running_engine(training_args: TrainingArguments) -> Engine | None:
+    """Return what shards the model of this run; None for whole copies of it."""
+    for engine in ("fsdp", "deepspeed"):
         if getattr(training_args, engine) or strtobool(os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false")):
             return engine
-    return None
+    return "sharded_at_load" if shards_at_load(training_args) else None
+
+
+def engine_of(folder: Path) -> Engine | None:
+    """Return what sharded the run that saved the checkpoint `folder`, by the names of its files."""
+    if any(folder.glob("pytorch_model_fsdp*")):
+        return "fsdp"
+    if (folder / DEEPSPEED_FILE).is_file():
+        return "deepspeed"
+    return "sharded_at_load" if (folder / OPTIMIZER_FOLDER).is_dir() else None
 
 
 def fault_of(folder: Path, engine: Engine | None = None) -> str | None:
@@ -116,7 +173,7 @@ def fault_of(folder: Path, engine: Engine | None = None) -> str | None:
     a run that was not interrupted, and says nothing.
 
     Args:
-        engine: What shards the model of the run, with names of its own for weights and optimizer.
+        engine: What shards the model of the run that saved it.
     """
     if not folder.is_dir():
         return "no such folder"
@@ -130,10 +187,8 @@ def fault_of(folder: Path, engine: Engine | None = None) -> str | None:
         else:
             _check_weights(folder)
             # Models that are sharded as they are loaded save whole weights and a sharded optimizer.
-            if (folder / OPTIMIZER_FOLDER).is_dir():
+            if engine == "sharded_at_load":
                 _check_sharded(folder, "optimizer")
-            elif (folder / DEEPSPEED_FILE).is_file():
-                _check_deepspeed(folder)
             else:
                 _check_archive(folder / "optimizer.pt")
         if engine != "deepspeed" or (folder / "scheduler.pt").exists():

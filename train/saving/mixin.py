@@ -1,5 +1,6 @@
 """Checkpoints and the final model of a run, which are there whole or not at all, and going on from them."""
 
+import json
 import os
 import shutil
 import signal
@@ -16,7 +17,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ...common.numbers import format_bytes
 from ..engines import shards_at_load
 from ..errors import RunEnded, RunError
-from .checkpoints import CONFIG_FILE, checkpoint_folders
+from .checkpoints import (
+    CONFIG_FILE,
+    SKIPPED_FILE,
+    checkpoint_before_skipped,
+    checkpoint_folders,
+    num_skipped_before,
+)
 from .disk_space import space_warning
 from .resuming import load_weights
 from .signals import StopSignals
@@ -36,8 +43,15 @@ class SavingMixin:
     """Saves such that a run can be killed at any time, stops when a scheduler asks, and resumes with all weights.
 
     Everything is written into a folder of its own, brought to the disk, and then moved to its name; older checkpoints
-    are removed after that. Callbacks with a method `on_checkpoint(args, state, folder)` add what they keep.
+    are removed after that, but none of a later step, and none while steps are left out: the weights may be ruined, and
+    older ones what is needed. A run that ends so fails. Callbacks with a method `on_checkpoint(args, state, folder)`
+    add what they keep.
     """
+
+    def __init__(self, model=None, *args, **kwargs):
+        # The Trainer sets that of the model to its own.
+        self._use_cache_at_start = getattr(getattr(model, "config", None), "use_cache", None)
+        super().__init__(model, *args, **kwargs)
 
     def set_up_saving(self) -> None:
         """Prepare to save and to be stopped; after the Trainer's own set-up."""
@@ -51,7 +65,10 @@ class SavingMixin:
 
         Raises:
             RunEnded: if a signal asked to stop; a checkpoint of the last step stands.
+            RunError: if the last step was left out for want of a finite gradient.
         """
+        if resume_from_checkpoint is not None:
+            self.num_skipped_in_a_row = num_skipped_before(resume_from_checkpoint)
         if self.args.should_save:
             output_dir = Path(self.args.output_dir)
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -65,7 +82,19 @@ class SavingMixin:
         if self._stopped_by:
             self.accelerator.end_training()
             raise RunEnded(128 + self._stopped_by, self._farewell())
+        if self.num_skipped_in_a_row:
+            self.accelerator.end_training()
+            raise RunError(self._end_in_skipped_steps())
         return output
+
+    def _end_in_skipped_steps(self) -> str:
+        num_skipped, step = self.num_skipped_in_a_row, self.state.global_step
+        folder = checkpoint_before_skipped(self.args.output_dir, step, num_skipped)
+        way_on = "begin anew" if folder is None else f"continue from resume_from_checkpoint={folder}"
+        return (
+            f"the last {num_skipped} of {step} steps were left out, as their gradients were not finite, so no final "
+            f"model is saved; {way_on}, with a lower learning_rate."
+        )
 
     def _farewell(self) -> str:
         name, step = signal.Signals(self._stopped_by).name, self.state.global_step
@@ -112,9 +141,10 @@ class SavingMixin:
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 publish_folder(staged, folder)
-        if self.args.should_save and self.args.save_total_limit:
+        if self.args.should_save and self.args.save_total_limit and not self.num_skipped_in_a_row:
             protected = {folder, Path(self.state.best_model_checkpoint or folder)}
-            keep_newest(checkpoint_folders(run_dir), self.args.save_total_limit, protected)
+            folders = checkpoint_folders(run_dir, last_step=self.state.global_step)
+            keep_newest(folders, self.args.save_total_limit, protected)
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(folder))
         self.accelerator.wait_for_everyone()
@@ -133,6 +163,8 @@ class SavingMixin:
         if not self.args.should_save:
             return
         self.state.save_to_json(staged / TRAINER_STATE_NAME)
+        if self.num_skipped_in_a_row:
+            (staged / SKIPPED_FILE).write_text(json.dumps(self.num_skipped_in_a_row), encoding="utf-8")
         settings = Path(self.args.output_dir, CONFIG_FILE)
         if settings.is_file():
             shutil.copyfile(settings, staged / CONFIG_FILE)
@@ -183,6 +215,16 @@ class SavingMixin:
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        config = getattr(self.model, "config", None)
+        if self._use_cache_at_start is None:
+            return super()._save(output_dir, state_dict)
+        in_training, config.use_cache = config.use_cache, self._use_cache_at_start
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            config.use_cache = in_training
 
     @contextmanager
     def _unsharded(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from training_runs import command_line
 
-from upcycled_moe.train.saving.checkpoints import fault_of
+from upcycled_moe.train.saving.checkpoints import checkpoint_folders, fault_of
 from upcycled_moe.train.train import main
 
 
@@ -84,6 +84,65 @@ def test_without_a_whole_checkpoint_last_fails_and_auto_begins_anew(run, capsys)
     printed = capsys.readouterr().err
     assert printed.count("is passed over: optimizer.pt is missing") == 2
     assert f"from {run['model_name_or_path']}" in printed
+
+
+def _as_of_fsdp(folder):
+    (folder / "optimizer.pt").rename(folder / "optimizer.bin")
+    (folder / "pytorch_model_fsdp_0").mkdir()
+    (folder / "pytorch_model_fsdp_0" / ".metadata").touch()
+
+
+def _as_of_deepspeed(folder):
+    (folder / "global_step2").mkdir()
+    (folder / "optimizer.pt").rename(folder / "global_step2" / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    (folder / "latest").write_text(str(folder / "global_step2"))
+
+
+def _as_sharded_at_load(folder):
+    (folder / "optimizer.pt").unlink()
+    (folder / "optimizer_0").mkdir()
+    (folder / "optimizer_0" / ".metadata").touch()
+
+
+@pytest.mark.parametrize(
+    ("turn", "name"),
+    [
+        (_as_of_fsdp, "FSDP"),
+        (_as_of_deepspeed, "DeepSpeed"),
+        (_as_sharded_at_load, "tensor_parallel_size or expert_parallel_size above 1"),
+    ],
+    ids=["fsdp", "deepspeed", "sharded_at_load"],
+)
+def test_checkpoints_of_another_engine_are_named_and_stay(run, capsys, turn, name):
+    """Even where only the newest is another engine's: it may be that of a run that went on."""
+    newest = run["output_dir"] / "checkpoint-2"
+    turn(newest)
+    (run["output_dir"] / "trainer_state.json").unlink()
+
+    for way in ("last", "auto", newest):
+        settings = {**run, "resume_from_checkpoint": way, "save_total_limit": 1, "max_steps": 3}
+        assert main(command_line(settings)) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"train.py: resume_from_checkpoint={way}: {newest} was saved with {name}, this run has whole copies of "
+            "the model, and an optimizer is only resumed in the same way; start in that way, or choose another "
+            "output_dir for a new run."
+        )
+        assert [folder.name for folder in checkpoint_folders(run["output_dir"])] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_plain_checkpoint_is_none_of_a_sharded_run(run, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert main(command_line({**run, "resume_from_checkpoint": "auto", "max_steps": 3})) == 2
+    assert "was saved with whole copies of the model, this run has FSDP" in capsys.readouterr().err
+
+
+def test_going_back_keeps_later_checkpoints_and_says_which_is_newest(run, capsys):
+    output_dir = run["output_dir"]
+    shutil.copytree(output_dir / "checkpoint-2", output_dir / "checkpoint-9")
+    settings = {**run, "resume_from_checkpoint": output_dir / "checkpoint-1", "save_total_limit": 1}
+    assert main(command_line(settings)) == 0
+    assert f"warning: {output_dir / 'checkpoint-9'} stays until this run comes to its step" in capsys.readouterr().err
+    assert [folder.name for folder in checkpoint_folders(output_dir)] == ["checkpoint-2", "checkpoint-9"]
 
 
 def test_the_random_states_of_all_processes_count(run):

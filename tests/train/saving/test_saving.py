@@ -40,6 +40,43 @@ def test_the_best_checkpoint_is_kept_and_becomes_the_final_model(settings, train
         assert state["best_model_checkpoint"] == str(output_dir / "checkpoint-1")
     best, final = (load_file(folder / "model.safetensors") for folder in (output_dir / "checkpoint-1", output_dir))
     assert all(torch.equal(best[name], final[name]) for name in best)
+    # That of the last step's model would be another one.
+    losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    log = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+    assert log[-1]["eval_loss"] == losses[0]
+
+
+def test_ruined_weights_do_not_take_the_place_of_good_ones_nor_become_the_final_model(settings, capsys):
+    """The fourth step has a finite gradient and a learning rate that ruins the weights."""
+    settings |= {"max_steps": 8, "warmup_steps": 0, "lr_decay_points": [0.375], "lr_decay_factor": 1e38}
+    settings |= {"save_total_limit": 2, "max_skipped_steps": 5}
+    output_dir = settings["output_dir"]
+    assert main(command_line(settings)) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("train.py: the last 4 of 8 steps were left out")
+    assert f"continue from resume_from_checkpoint={output_dir / 'checkpoint-3'}, with a lower learning_rate" in message
+    assert {"checkpoint-3", "checkpoint-4"} < {folder.name for folder in checkpoint_folders(output_dir)}
+    assert not (output_dir / "model.safetensors").exists()
+
+    # A start from what was saved since does not forget it.
+    for max_steps, num_skipped in ((8, 4), (9, 5)):
+        assert main(command_line({**settings, "max_steps": max_steps, "resume_from_checkpoint": "auto"})) == 1
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.startswith(f"train.py: the last {num_skipped} of {max_steps} steps were left out")
+        assert f"resume_from_checkpoint={output_dir / 'checkpoint-3'}," in message
+    assert not (output_dir / "model.safetensors").exists()
+
+    settings |= {"resume_from_checkpoint": output_dir / "checkpoint-3", "learning_rate": 1e-30}
+    assert main(command_line({**settings, "lr_decay_factor": 1.0, "max_steps": 9})) == 0
+    assert [folder.name for folder in checkpoint_folders(output_dir)] == ["checkpoint-8", "checkpoint-9"]
+
+
+def test_outputs_use_the_cache_as_the_start_does(settings):
+    start = json.loads((settings["model_name_or_path"] / "config.json").read_text())
+    assert start["use_cache"] is True
+    assert main(command_line({**settings, "max_steps": 1})) == 0
+    for folder in (settings["output_dir"], settings["output_dir"] / "checkpoint-1"):
+        assert json.loads((folder / "config.json").read_text())["use_cache"] is True
 
 
 def test_a_checkpoint_has_the_settings_of_its_run(settings):
