@@ -3,11 +3,13 @@
     python benchmarks/training.py [--shape small|0.5b] [--rounds 3] [--steps 4] [--json FILE]
 
 Every contestant is trained by its Trainer, this package's or Transformers', on the same random tokens, from random
-weights; each round makes all of them anew, in turns. On a GPU in bfloat16 with float32 weights, else in float32.
-`--shape small` takes a CPU less than six minutes.
+weights; each round makes all of them anew, in turns. Every step has its log; probes and pictures of the routing, which
+a run makes at every tenth log, are off. On a GPU in bfloat16 with float32 weights, else in float32. `--shape small`
+takes two CPUs one to two minutes, without `batched_mm`, which a CPU runs only where `--only` names nothing else by it.
 
-MFU counts operations as `common/flops.py` does. The router's share of a step is the time in routers, their losses and
-statistics, of which the profiler sees the forward pass; the backward pass of routers and losses counts twice that.
+MFU counts operations as `common/flops.py` does. The router's share is of the time of whole optimizer steps after the
+first ones, as the profiler sees it: routers with their selection, their losses, the backward pass of both, and the
+statistics. Not in it: the optimizer's work on routers, and moving tokens to experts. On a GPU it is time of kernels.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import gc
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from itertools import pairwise
@@ -27,6 +29,8 @@ from unittest import mock
 import torch
 from measure import machine, spread
 from shapes import QWEN2_0_5B, SMALL
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import (
     AutoModelForCausalLM,
@@ -50,9 +54,13 @@ from upcycled_moe.train.training_arguments import UpcyclingTrainingArguments
 SETTINGS = {"small": (SMALL, 2, 256), "0.5b": (QWEN2_0_5B, 1, 4096)}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
 LOSS_CHUNK_TOKENS = 1024
+DENSE = "dense, stock Trainer"
+# First steps of a Trainer, which neither the times nor the profile have.
+NUM_WARMUP_STEPS = 2
+NUM_PROFILED_STEPS = 2
 ROUTER_PARTS = ("router", "router losses", "router statistics")
-# A backward pass multiplies twice for each product of the forward pass.
-FORWARD_AND_BACKWARD = 3
+# How the profiler marks operations, and names the backward pass of one.
+OPERATION_SCOPE, BACKWARD_PREFIX = 0, "autograd::engine::evaluate_function"
 
 
 def main() -> None:
@@ -60,33 +68,63 @@ def main() -> None:
     parser.add_argument("--shape", choices=SETTINGS, default="small")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="counted steps of a contestant in a round")
-    parser.add_argument("--only", nargs="+", help="contestants to run, by a part of their name")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="contestants to run, by a part of their name")
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
+    for name in ("rounds", "steps"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: give 1 or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        runs, shares = compare(options, device, folder)
+        contestants = contestants_of(*SETTINGS[options.shape], device.type == "cuda", folder)
+        try:
+            names, left_out = choose(list(contestants), options.only, slow_contestants(options.shape, device))
+        except ValueError as error:
+            parser.error(str(error))
+        runs, shares = compare({name: contestants[name] for name in names}, options.rounds, options.steps, device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU"
     print(f"{machine()}, on {where}, shape {options.shape}")
-    report(runs, shares, peak_flops(device, torch.bfloat16), options.json)
+    report(runs, shares, left_out, peak_flops(device, torch.bfloat16), options.json)
+
+
+def slow_contestants(shape: str, device: torch.device) -> dict[str, str]:
+    """Return why contestants are left out unless they are asked for, by name."""
+    # It copies the weights of each token's experts.
+    if device.type == "cpu":
+        return {"upcycled, batched_mm": "takes minutes on a CPU"}
+    if SETTINGS[shape][2] > 1024:
+        return {"upcycled, batched_mm": "takes more memory than a GPU has"}
+    return {}
+
+
+def choose(
+    names: Sequence[str], parts: Sequence[str] | None, slow: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """Return which of `names` to run, and why others that `parts` name too are left out.
+
+    Raises:
+        ValueError: if a part is in no name.
+    """
+    matches = [[name for name in names if part in name] for part in parts or [""]]
+    for part, found in zip(parts or [""], matches, strict=True):
+        if not found:
+            raise ValueError(f"--only {part}: is in no contestant's name; there are: {'; '.join(names)}")
+    wanted = [name for name in names if any(name in found for found in matches)]
+    left_out = {name: slow[name] for name in wanted if name in slow and [name] not in matches}
+    return [name for name in wanted if name not in left_out], left_out
 
 
 def compare(
-    options: argparse.Namespace, device: torch.device, folder: str
+    contestants: Mapping[str, Callable[[int], Trainer]], num_rounds: int, num_steps: int, device: torch.device
 ) -> tuple[dict[str, list["Run"]], dict[str, float]]:
     """Return the runs of each contestant, and the router's share of a step of those that have one to show."""
-    contestants = {
-        name: start
-        for name, start in contestants_of(*SETTINGS[options.shape], device.type == "cuda", folder).items()
-        if not options.only or any(part in name for part in options.only)
-    }
     runs: dict[str, list[Run]] = {name: [] for name in contestants}
-    for _ in range(options.rounds):
+    for _ in range(num_rounds):
         for name, start in contestants.items():
-            if (run := run_contestant(start, options.steps, device)) is not None:
+            if (run := run_contestant(start, num_steps, device)) is not None:
                 runs[name].append(run)
     shares = {
-        name: router_share(start, options.steps, device)
+        name: router_share(profiled_steps(start, device), device)
         for name, start in contestants.items()
         if runs[name] and runs[name][0].has_router
     }
@@ -113,7 +151,7 @@ def contestants_of(
     stock = {**shape, **EXPERTS, "moe_intermediate_size": shape["intermediate_size"], "norm_topk_prob": True}
     upcycled = UpcycledQwenMoeConfig(**shape, **EXPERTS)
     kinds = {
-        "dense, stock Trainer": (Trainer, TrainingArguments, Qwen2Config(**shape), attention),
+        DENSE: (Trainer, TrainingArguments, Qwen2Config(**shape), attention),
         "Qwen3-MoE, stock Trainer": (
             Trainer,
             TrainingArguments,
@@ -122,9 +160,6 @@ def contestants_of(
         ),
     }
     for implementation in ("eager", "batched_mm", "grouped_mm"):
-        # It copies the weights of each token's experts: more than a GPU holds at this size.
-        if implementation == "batched_mm" and on_gpu and block_size > 1024:
-            continue
         kinds[f"upcycled, {implementation}"] = (
             UpcyclingTrainer,
             UpcyclingTrainingArguments,
@@ -143,19 +178,21 @@ def contestants_of(
             if "chunked" in name:
                 model.loss_chunk_tokens = LOSS_CHUNK_TOKENS
             blocks = torch.randint(shape["vocab_size"], (num_steps * batch_size, block_size)).tolist()
+            own = {"router_probe_steps": 0} if arguments_class is UpcyclingTrainingArguments else {}
             return trainer_class(
                 model=model,
                 args=arguments_class(
-                    output_dir=folder,
+                    output_dir=tempfile.mkdtemp(dir=folder),
                     max_steps=num_steps,
                     per_device_train_batch_size=batch_size,
-                    logging_steps=10,
+                    logging_steps=1,
                     save_strategy="no",
                     eval_strategy="no",
                     report_to="none",
                     disable_tqdm=True,
                     bf16=on_gpu,
                     use_cpu=not on_gpu,
+                    **own,
                 ),
                 train_dataset=[{"input_ids": block} for block in blocks],
                 data_collator=collate_blocks,
@@ -179,20 +216,35 @@ class StepTimes(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
+class StepsProfile(TrainerCallback):
+    """Profiles all steps after the first, from the end of a step to the end of the last; after [`StepTimes`]."""
+
+    def __init__(self, profiler: profile, stack: ExitStack):
+        self.profiler = profiler
+        self.stack = stack
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == NUM_WARMUP_STEPS:
+            self.stack.enter_context(self.profiler)
+            self.stack.enter_context(record_function("steps"))
+        elif state.global_step == state.max_steps:
+            self.stack.close()
+
+
 def run_contestant(start: Callable[[int], Trainer], num_steps: int, device: torch.device) -> Run | None:
-    """Return times and peak memory of a contestant's steps, after two that are not counted; None if memory is full."""
+    """Return times and peak memory of a contestant's steps, after the warm-up; None if memory is full."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        trainer = start(num_steps + 2)
+        trainer = start(NUM_WARMUP_STEPS + num_steps)
         with quiet():
             trainer.train()
     except torch.OutOfMemoryError:
         return None
     ends = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StepTimes)).ends
-    step_s = [end - begin for begin, end in pairwise(ends[1:])]
+    step_s = [end - begin for begin, end in pairwise(ends[NUM_WARMUP_STEPS - 1 :])]
     return Run(trainer, step_s, torch.cuda.max_memory_allocated() if device.type == "cuda" else None)
 
 
@@ -203,21 +255,45 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def router_share(start: Callable[[int], Trainer], num_steps: int, device: torch.device) -> float:
-    """Return the share of a step that routers, their losses and their statistics take."""
-    trainer = start(num_steps)
+def profiled_steps(start: Callable[[int], Trainer], device: torch.device) -> list[FunctionEvent]:
+    """Return what the profiler sees of whole optimizer steps of a contestant, after the warm-up."""
+    trainer = start(NUM_WARMUP_STEPS + NUM_PROFILED_STEPS)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with _named_router_parts(), quiet(), profile(activities=activities) as profiler, record_function("training"):
+    profiler = profile(activities=activities)
+    with ExitStack() as stack, _named_router_parts(), quiet():
+        trainer.add_callback(StepsProfile(profiler, stack))
         trainer.train()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    on_device = "device_time_total" if device.type == "cuda" else "cpu_time_total"
-    times = {event.key: getattr(event, on_device) for event in profiler.key_averages()}
-    total = times["training"]
-    parts = sum(
-        times.get(name, 0) * (1 if name == "router statistics" else FORWARD_AND_BACKWARD) for name in ROUTER_PARTS
-    )
-    return parts / total
+    return profiler.events()
+
+
+def router_share(events: Sequence[FunctionEvent], device: torch.device) -> float:
+    """Return the share of profiled steps that routers, their losses, the backward pass of both and statistics take."""
+    on_gpu = device.type == "cuda"
+    events = [event for event in events if event.device_type == DeviceType.CPU]
+    if on_gpu:
+        # The backward pass starts its kernels in a thread of its own.
+        total = sum(event.self_device_time_total for event in events)
+    else:
+        total = sum(event.cpu_time_total for event in events if event.name == "steps")
+    # Forward pass and backward pass of an operation have the same number in the same thread; several operations may
+    # have it, of which the last to start is the one with a backward pass.
+    is_of_router: dict[tuple[int, int], bool] = {}
+    counted = []
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        if event.name in ROUTER_PARTS:
+            counted.append(event)
+        elif event.name.startswith(BACKWARD_PREFIX):
+            if is_of_router.get((event.fwd_thread, event.sequence_nr), False):
+                counted.append(event)
+        elif event.scope == OPERATION_SCOPE and event.sequence_nr >= 0:
+            is_of_router[event.thread, event.sequence_nr] = _is_in_router_part(event)
+    return sum(event.device_time_total if on_gpu else event.cpu_time_total for event in counted) / total
+
+
+def _is_in_router_part(event: FunctionEvent) -> bool:
+    while event is not None and event.name not in ROUTER_PARTS:
+        event = event.cpu_parent
+    return event is not None
 
 
 @contextmanager
@@ -236,47 +312,64 @@ def _named_router_parts() -> Iterator[None]:
     with ExitStack() as stack:
         for owner, attribute, name in (
             (modeling.Router, "forward", router),
-            (modeling.UpcycledQwenMoePreTrainedModel, "_router_losses", losses),
+            (modeling, "router_losses", losses),
             (RouterStatistics, "update", statistics),
+            (RouterStatistics, "metrics", statistics),
         ):
             stack.enter_context(mock.patch.object(owner, attribute, named(name, getattr(owner, attribute))))
         yield
 
 
-def report(runs: dict[str, list[Run]], shares: dict[str, float], peak: float | None, json_file: Path | None) -> None:
+def report(
+    runs: dict[str, list[Run]],
+    shares: dict[str, float],
+    left_out: dict[str, str],
+    peak: float | None,
+    json_file: Path | None,
+) -> None:
     """Print a table, and write it as JSON where asked."""
     unit = "MFU, %" if peak else "GFLOP/s"
     print(f"\n| | step, s | tokens/s | {unit} | ÷ dense | peak memory, GB | router's share, % |")
     print("|---|---:|---:|---:|---:|---:|---:|")
-    results, dense_flops = [], None
+    results = []
+    dense_flops = _flops_per_second(runs[DENSE]) if runs.get(DENSE) else None
     for name, rounds in runs.items():
         if not rounds:
             print(f"| {name} | out of memory | | | | | |")
             continue
         step_s = [second for run in rounds for second in run.step_s]
-        tokens_per_s = rounds[0].num_tokens / median(step_s)
-        flops = tokens_per_s * rounds[0].flops_per_token
-        dense_flops = dense_flops or flops
+        flops = _flops_per_second(rounds)
         memory = max(run.peak_memory_bytes or 0 for run in rounds)
-        share = shares.get(name)
-        results.append(
-            {
-                "contestant": name,
-                "step_s": step_s,
-                "tokens_per_second": tokens_per_s,
-                "flops_per_second": flops,
-                "mfu": flops / peak if peak else None,
-                "peak_memory_bytes": memory or None,
-                "router_share": share,
-            }
+        result = {
+            "contestant": name,
+            "step_s": step_s,
+            "tokens_per_second": flops / rounds[0].flops_per_token,
+            "flops_per_second": flops,
+            "mfu": flops / peak if peak else None,
+            "flops_ratio_to_dense": flops / dense_flops if dense_flops else None,
+            "peak_memory_bytes": memory or None,
+            "router_share": shares.get(name),
+        }
+        results.append(result)
+        cells = (
+            name,
+            spread(step_s),
+            f"{result['tokens_per_second']:,.0f}",
+            f"{100 * flops / peak if peak else flops / 1e9:.3g}",
+            f"{flops / dense_flops:.2f}" if dense_flops else "",
+            f"{memory / 1e9:.2f}" if memory else "",
+            f"{100 * shares[name]:.1f}" if name in shares else "",
         )
-        print(
-            f"| {name} | {spread(step_s)} | {tokens_per_s:,.0f} | "
-            f"{100 * flops / peak if peak else flops / 1e9:.3g} | {flops / dense_flops:.2f} | "
-            f"{f'{memory / 1e9:.2f}' if memory else ''} | {f'{100 * share:.1f}' if share is not None else ''} |"
-        )
+        print(f"| {' | '.join(cells)} |")
+    for name, why in left_out.items():
+        print(f"| {name} | left out: {why}; `--only {name.rpartition(' ')[2]}` runs it | | | | | |")
     if json_file:
         json_file.write_text(json.dumps(results, indent=2), encoding="utf-8")
+
+
+def _flops_per_second(rounds: list[Run]) -> float:
+    step_s = median(second for run in rounds for second in run.step_s)
+    return rounds[0].num_tokens * rounds[0].flops_per_token / step_s
 
 
 if __name__ == "__main__":
