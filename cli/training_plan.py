@@ -1,6 +1,7 @@
 """`upcycled-moe plan --train`: what training a model will cost, from its configuration and the settings of the run."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,12 +50,15 @@ def run_training_plan(options: argparse.Namespace) -> int:
     if config is None:
         conversion, out = plan_conversion(options)
         config = conversion.config
+    gpu, gpu_memory_bytes = _gpu(options.gpu)
+    if options.gpu_memory is not None:
+        gpu_memory_bytes = parse_size("--gpu-memory", options.gpu_memory)
     training = plan_training(
         config,
         settings,
         accelerate,
-        gpu=_gpu(options.gpu),
-        gpu_memory_bytes=parse_size("--gpu-memory", options.gpu_memory) if options.gpu_memory is not None else None,
+        gpu=gpu,
+        gpu_memory_bytes=gpu_memory_bytes,
         utilization=utilization,
     )
     if options.json:
@@ -92,20 +96,41 @@ def _moe_config(options: argparse.Namespace, settings: dict[str, Any]) -> Any:
     if num_experts(config) == 0:
         options.places = options.places or [name]
         return None
+    _refuse_conversion(options, name)
     return config
 
 
-def _gpu(name: str | None) -> "Gpu | None":
+def _refuse_conversion(options: argparse.Namespace, name: str) -> None:
+    """Check that nothing is said of converting the checkpoint `name`, which has experts already.
+
+    Raises:
+        SettingsError: if something is.
+    """
+    from ..conversion.recipe import ConversionRecipe
+
+    names = ["recipe"] * (options.recipe is not None)
+    names += [setting.name for setting in dataclasses.fields(ConversionRecipe) if hasattr(options, setting.name)]
+    flags = ", ".join("--" + given.replace("_", "-") for given in names)
+    if flags:
+        raise SettingsError(f"{flags}: of a conversion, but {name} has experts already; leave out what converts.")
+    if len(options.places) > 1:
+        raise SettingsError(f"OUT={options.places[1]}: {name} has experts already and is not converted; leave it out.")
+
+
+def _gpu(name: str | None) -> "tuple[Gpu | None, int | None]":
+    """Return the GPU `name`, or else the one here, and the bytes that the latter has; None for what is not known."""
     from ..common.flops import GPUS, find_gpu
 
     if name is None:
         import torch
 
-        return find_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        if not torch.cuda.is_available():
+            return None, None
+        return find_gpu(torch.cuda.get_device_name()), torch.cuda.get_device_properties(0).total_memory
     gpu = GPUS.get(name.lower()) or find_gpu(name)
     if gpu is None:
         raise SettingsError(f"--gpu {name!r} is not known; known: {', '.join(GPUS)}. Give its --gpu-memory instead.")
-    return gpu
+    return gpu, None
 
 
 def _print_training(training: "TrainingPlan") -> None:
@@ -130,8 +155,8 @@ def _print_training(training: "TrainingPlan") -> None:
         rows["FLOPs"] = f"{training.total_flops:.3g}"
     if training.hours is not None:
         rows["Hours"] = (
-            f"{training.hours:,.1f} on {layout.num_processes} x {training.gpu.names[0].upper()}, if "
-            f"{training.utilization:.0%} of the peak is reached (an assumption: --mfu)"
+            f"{training.hours:,.1f}, if {training.utilization:.0%} of the peak of {layout.num_processes} x "
+            f"{training.peak_flops_per_device / 1e12:,.4g} TFLOP/s are reached (an assumption: --mfu)"
         )
     for name, value in rows.items():
         summary.add_row(f"[bold]{name}[/]", escape(value))
@@ -179,7 +204,7 @@ def _describe_layout(training: "TrainingPlan") -> str:
     layout = training.layout
     engines = {
         "ddp": "one process" if layout.num_processes == 1 else "whole copies (DDP)",
-        "fsdp2": f"shards of {layout.num_shards} (FSDP2)",
+        "fsdp2": f"shards of {layout.num_shards} (FSDP2)" if layout.num_shards > 1 else "whole copies (FSDP2)",
         "zero3": "DeepSpeed ZeRO-3",
         "load": "sharded at load",
     }

@@ -9,6 +9,7 @@ embedding, which is looked up, count nothing. Model FLOPs utilisation (MFU) is `
 token ÷ peak FLOPs of all devices`.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -115,53 +116,69 @@ class Gpu:
     """What the maker promises of a GPU.
 
     Args:
-        names: parts of the name that the driver gives, in lower case; all of them are in it.
+        names: words of the name that the driver gives, in lower case; all of them are in it.
         half_tflops: dense tensor-core peak in bfloat16 and float16 with float32 sums, 10^12 operations a second;
             TF32 has half of it.
         single_tflops: peak in float32 without TF32.
-        memory_gb: memory, 10^9 bytes.
+        memory_gb: all that CUDA shows of its memory (`total_memory`), in 10^9 bytes, where that is known here, else
+            what the maker calls it.
+        other_words: those that may be in its name too, beside `COMMON_WORDS`; any other is of another GPU.
     """
 
     names: tuple[str, ...]
     half_tflops: float
     single_tflops: float
-    memory_gb: int
+    memory_gb: float
+    other_words: tuple[str, ...] = ()
 
+
+# In names of the same GPU: who makes it, its series, how it is connected.
+COMMON_WORDS = {
+    *("nvidia", "amd", "tesla", "geforce", "instinct", "generation"),
+    *("sxm4", "sxm5", "pcie", "oam", "hbm2", "hbm2e", "hbm3", "hbm3e"),
+}
 
 # NVIDIA's data sheets and architecture white papers (figures "with sparsity" halved): H100, H200, GH200, A100, A40,
 # A30, A10, L40S, L40, L4, DGX B200 and GB200 NVL72 (per GPU), Ada (RTX 4090, RTX 6000 Ada), Ampere GA102 (RTX 3090,
 # RTX A6000) and Blackwell (RTX 5090); AMD's data sheet for MI300X. The first that matches counts.
+# Of H100, A100 (79.1 GiB, 39.4 GiB) and H200 (139.8 GiB) the memory is that which CUDA shows.
 GPUS = {
     "gb200": Gpu(("gb200",), 2500, 80, 186),
     "b200": Gpu(("b200",), 2250, 75, 180),
-    "gh200": Gpu(("gh200",), 989, 67, 96),
-    "h200-nvl": Gpu(("h200", "nvl"), 835, 60, 141),
-    "h200": Gpu(("h200",), 989, 67, 141),
+    "gh200": Gpu(("gh200",), 989, 67, 96, ("480gb",)),
+    "h200-nvl": Gpu(("h200", "nvl"), 835, 60, 150.1),
+    "h200": Gpu(("h200",), 989, 67, 150.1),
     "h100-nvl": Gpu(("h100", "nvl"), 835, 60, 94),
-    "h100-pcie": Gpu(("h100", "pcie"), 756, 51, 80),
-    "h100": Gpu(("h100",), 989, 67, 80),
-    "a100-40gb": Gpu(("a100", "40gb"), 312, 19.5, 40),
-    "a100": Gpu(("a100",), 312, 19.5, 80),
-    "rtx-6000-ada": Gpu(("rtx 6000 ada",), 364, 91, 48),
-    "rtx-a6000": Gpu(("rtx a6000",), 155, 38.7, 48),
+    "h100-pcie": Gpu(("h100", "pcie"), 756, 51, 84.9),
+    "h100": Gpu(("h100",), 989, 67, 84.9, ("80gb",)),
+    "a100-40gb": Gpu(("a100", "40gb"), 312, 19.5, 42.3),
+    "a100": Gpu(("a100",), 312, 19.5, 84.9, ("80gb",)),
+    "rtx-6000-ada": Gpu(("rtx", "6000", "ada"), 364, 91, 48),
+    "rtx-a6000": Gpu(("rtx", "a6000"), 155, 38.7, 48),
     "l40s": Gpu(("l40s",), 362, 91.6, 48),
     "l40": Gpu(("l40",), 181, 90.5, 48),
-    "l4": Gpu(("nvidia l4",), 121, 30.3, 24),
+    "l4": Gpu(("l4",), 121, 30.3, 24),
     "a40": Gpu(("a40",), 150, 37.4, 48),
     "a30": Gpu(("a30",), 165, 10.3, 24),
-    "rtx-5090": Gpu(("rtx 5090",), 209.5, 104.8, 32),
-    "rtx-4090": Gpu(("rtx 4090",), 165.2, 82.6, 24),
-    "rtx-3090": Gpu(("rtx 3090",), 71, 35.6, 24),
+    "a10": Gpu(("a10",), 125, 31.2, 24),
+    "rtx-5090": Gpu(("rtx", "5090"), 209.5, 104.8, 32),
+    "rtx-4090": Gpu(("rtx", "4090"), 165.2, 82.6, 24),
+    "rtx-3090": Gpu(("rtx", "3090"), 71, 35.6, 24),
     "mi300x": Gpu(("mi300x",), 1307, 163.4, 192),
 }
 
 
 def find_gpu(device_name: str) -> Gpu | None:
-    """Return the GPU that a driver calls `device_name`; None for an unknown one."""
-    # Of a laptop's GPU only the name is the same.
-    if "laptop" in device_name.lower():
-        return None
-    return next((gpu for gpu in GPUS.values() if all(name in device_name.lower() for name in gpu.names)), None)
+    """Return the GPU that a driver calls `device_name`; None for an unknown one, a variant or a part (MIG) of one."""
+    words = set(re.findall(r"[a-z0-9]+", device_name.lower()))
+    return next(
+        (
+            gpu
+            for gpu in GPUS.values()
+            if words.issuperset(gpu.names) and words <= {*gpu.names, *gpu.other_words, *COMMON_WORDS}
+        ),
+        None,
+    )
 
 
 def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float | None:

@@ -5,7 +5,7 @@ Torch is imported only once settings are built, so that `--help` answers at once
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_type_hints
@@ -325,7 +325,7 @@ def build_arguments(settings: dict[str, Any]) -> Arguments:
         raise SettingsError("max_steps is missing; streamed text has no known length, so say how many steps to train.")
     notes = [*_settle_evaluation(settings), *_settle_reports(settings)]
     try:
-        return Arguments(*(_build(group, settings) for group in groups), given=settings, notes=notes)
+        return Arguments(*(build_group(group, settings) for group in groups), given=settings, notes=notes)
     # Transformers' own checks raise these; to whoever wrote the settings they are all the same.
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise SettingsError(" ".join(str(error).split())) from error
@@ -372,7 +372,8 @@ def _settle_reports(settings: dict[str, Any]) -> list[str]:
     return []
 
 
-def _build(group: type, settings: dict[str, Any]) -> Any:
+def build_group(group: type, settings: Mapping[str, Any]) -> Any:
+    """Return the group of arguments that `settings` give, with defaults for those left out."""
     names = {setting.name for setting in fields(group)}
     return group(**{name: value for name, value in settings.items() if name in names})
 
@@ -421,6 +422,6 @@ def resolved_settings(arguments: Arguments) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {}
     for group in GROUPS:
-        settings |= asdict(_build(group, arguments.given))
+        settings |= asdict(build_group(group, arguments.given))
     settings |= arguments.given
     return {name: value for name, value in settings.items() if name not in ("resume_from_checkpoint", "hub_token")}

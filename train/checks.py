@@ -20,6 +20,7 @@ LEAST_VALUES = {
     "expected_processes": 1,
     "tensor_parallel_size": 1,
     "expert_parallel_size": 1,
+    "num_processes": 1,
     "loss_chunk_tokens": 0,
 }
 NOT_NEGATIVE = (
@@ -83,7 +84,7 @@ def check_schedule(args: RecipeArguments) -> None:
         )
     last_step = args.router_warmup_steps + settled_steps(args.warmup_steps, args.max_steps)
     end = round(min(decay_points, default=1.0) * args.max_steps)
-    if last_step > end:
+    if args.max_steps > 0 and last_step > end:
         held = f"router_warmup_steps={args.router_warmup_steps} and " if args.router_warmup_steps else ""
         what = f"the learning rate decays from step {end} on" if decay_points else "the run ends before"
         raise SettingsError(

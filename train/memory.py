@@ -28,6 +28,9 @@ FLOAT32 = 4
 OVERHEAD_BYTES = 1_000_000_000
 # Layers that FSDP2 holds whole at a time: the one that computes, and the next that it fetches meanwhile.
 FETCHED_LAYERS = 2
+# DeepSpeed's defaults of `reduce_bucket_size` and of `sub_group_size`, the weights that a step of its optimizer takes.
+ZERO3_BUCKET_ELEMENTS = 500_000_000
+ZERO3_SUB_GROUP_ELEMENTS = 1_000_000_000
 
 ADAM_STATES = 2
 # Bytes that optimizers keep for each weight, by their name in `optim`, and what they keep for a block of them:
@@ -229,20 +232,27 @@ def estimate_memory(config: Any, layout: Layout, weights: Weights | None = None)
         layout: the rest.
         weights: those of `config`, if they are known already.
     """
+    return max(estimate_moments(config, layout, weights), key=lambda moment: moment.total_bytes)
+
+
+def estimate_moments(config: Any, layout: Layout, weights: Weights | None = None) -> list[MemoryEstimate]:
+    """Return the memory on each GPU at the moments of a step that can be its highest; see [`estimate_memory`]."""
     weights = weights or weights_of(config)
     shards = layout.num_shards
     total = num_elements(weights.shapes)
     embedding = config.vocab_size * config.hidden_size
-    gradient_bytes = FLOAT32 if layout.engine == "zero3" else layout.stored_bytes
+    is_zero3 = layout.engine == "zero3"
+    gradient_bytes = layout.compute_bytes if is_zero3 else layout.stored_bytes
     gradients = total * gradient_bytes // shards
     optimizer, notes = _optimizer_bytes(weights, layout)
     held = {
-        "weights": total * (layout.compute_bytes if layout.engine == "zero3" else layout.stored_bytes) // shards,
+        "weights": total * gradient_bytes // shards,
         "optimizer": optimizer,
         "overhead": OVERHEAD_BYTES,
         "notes": notes,
     }
-    accumulated = gradients if layout.gradient_accumulation_steps > 1 else 0
+    # ZeRO-3 has one place for all gradients from the start on.
+    accumulated = gradients if layout.gradient_accumulation_steps > 1 or is_zero3 else 0
     if accumulated and layout.engine == "fsdp2" and not layout.sync_each_batch:
         # Until the last micro-batch of a step each process holds the whole model's gradients, not its shard.
         accumulated = total * layout.compute_bytes
@@ -267,7 +277,7 @@ def estimate_memory(config: Any, layout: Layout, weights: Weights | None = None)
     # The embedding's gradient is dense, and added to the head's where that is the same matrix.
     tied = embedding * layout.compute_bytes if config.tie_word_embeddings else 0
 
-    moments = [
+    return [
         MemoryEstimate(
             "end of the forward pass",
             gradients=accumulated + chunk_gradient,
@@ -309,7 +319,6 @@ def estimate_memory(config: Any, layout: Layout, weights: Weights | None = None)
             **held,
         ),
     ]
-    return max(moments, key=lambda moment: moment.total_bytes)
 
 
 def activation_bytes(config: Any, layout: Layout, is_moe: bool) -> int:
@@ -415,13 +424,14 @@ def communication_bytes(weights: Weights, layout: Layout) -> dict[str, int]:
     * DDP: none, as gradients are views of the buckets that are sent.
     * FSDP2: the embedding and the output matrix whole, `FETCHED_LAYERS` layers whole, in the backward pass also their
       gradients and one layer's on its way. Without resharding after the forward pass all layers.
-    * ZeRO-3: four bytes for each weight of the largest layer (DeepSpeed's estimate_zero3_model_states_mem_needs).
+    * ZeRO-3: four bytes for each weight of the largest layer (DeepSpeed's estimate_zero3_model_states_mem_needs), and
+      the bucket that gradients are reduced from, which is there from the start on.
     """
     if layout.num_processes == 1 or layout.engine == "ddp":
         return {"forward": 0, "backward": 0, "step": 0}
     if layout.engine == "zero3":
-        live = FLOAT32 * weights.largest_layer
-        return {"forward": live, "backward": live, "step": 0}
+        live, bucket = FLOAT32 * weights.largest_layer, ZERO3_BUCKET_ELEMENTS * layout.compute_bytes
+        return {"forward": live + bucket, "backward": live + bucket, "step": bucket}
     a = layout.stored_bytes if layout.engine == "load" else layout.compute_bytes
     ends = num_elements(weights.ends) * a // layout.tensor_parallel_size
     layer = max(
@@ -454,6 +464,9 @@ def _weight_copies(config: Any, weights: Weights, layout: Layout) -> tuple[int, 
     if config.model_type != UpcycledQwenMoeConfig.model_type and layout.experts_implementation != "eager":
         # Autocast passes `grouped_mm` by, and `batched_mm` copies the weights of each token's experts, not of all.
         experts = 0
+    elif layout.gradient_checkpointing:
+        # Copies that the layer makes itself live as long as its activations; autocast keeps its own to the end.
+        experts //= max(sum(moe_pattern(config)), 1)
     split = dense // layout.tensor_parallel_size + experts // layout.expert_parallel_size
     return split * layout.compute_bytes + head, head
 
@@ -484,8 +497,11 @@ def _optimizer_working_bytes(weights: Weights, layout: Layout) -> int:
     """Return what the optimizer's step holds beside its state.
 
     `adamw_torch` works on all weights at a time on a GPU (foreach), and holds one number for each; the fused one holds
-    nothing; the others work weight by weight.
+    nothing; the others work weight by weight. ZeRO-3 also copies the gradients of one group of weights to float32.
     """
+    if layout.engine == "zero3":
+        group = min(num_elements(weights.shapes) // layout.num_shards, ZERO3_SUB_GROUP_ELEMENTS)
+        return FLOAT32 * group * (2 if layout.optim == "adamw_torch" else 1)
     if layout.optim in ("adamw_torch_fused", "adamw_apex_fused") or "bnb" in layout.optim or "paged" in layout.optim:
         return 0
     if layout.optim == "adamw_torch":

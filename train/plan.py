@@ -7,16 +7,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import SchedulerType
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.training_args import OptimizerNames
 
 from ..common.flops import Gpu, gpu_flops, num_experts, training_flops_per_token
 from ..common.settings import SettingsError, check_keys, load_yaml
-from .arguments import DataArguments, EngineArguments, ModelArguments, RecipeArguments
+from .arguments import (
+    DataArguments,
+    EngineArguments,
+    ModelArguments,
+    MonitoringArguments,
+    RecipeArguments,
+    build_group,
+)
+from .checks import (
+    accumulation_steps,
+    batches_at_a_time,
+    check_context_parallelism,
+    check_dimensions,
+    check_least_values,
+    check_monitoring,
+    check_num_processes,
+    check_schedule,
+    check_sharding_at_load,
+)
 from .memory import Layout, MemoryEstimate, Weights, estimate_memory, weights_of
 from .model import LOSS_CHUNK_TOKENS
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+ENGINES = {"NO": "ddp", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp", "FSDP": "fsdp2", "DEEPSPEED": "zero3"}
 LEAN_OPTIMIZER = "adamw_bnb_8bit"
 MAX_PROCESSES = 4096
 
@@ -29,9 +52,9 @@ class TrainingPlan:
         config, weights: of the model that is trained.
         max_steps: optimizer steps; None if they are not settled yet.
         flops_per_token: operations of forward and backward pass.
-        gpu: what it runs on, if that is known.
         gpu_memory_bytes: memory of a GPU, if that is known.
-        utilization: share of the GPU's peak that the run is assumed to reach.
+        peak_flops_per_device: FLOP/s that a GPU can do at best, if that is known.
+        utilization: share of that peak that the run is assumed to reach.
     """
 
     config: Any
@@ -39,8 +62,8 @@ class TrainingPlan:
     layout: Layout
     max_steps: int | None
     flops_per_token: int
-    gpu: Gpu | None
     gpu_memory_bytes: int | None
+    peak_flops_per_device: float | None
     utilization: float
 
     @cached_property
@@ -55,8 +78,7 @@ class TrainingPlan:
     def tokens_per_step(self) -> int:
         """Tokens of the global batch."""
         layout = self.layout
-        num_batches = layout.num_processes // (layout.tensor_parallel_size * layout.context_parallel_size)
-        num_blocks = layout.micro_batch_size * layout.gradient_accumulation_steps * num_batches
+        num_blocks = layout.micro_batch_size * layout.gradient_accumulation_steps * _num_batches(layout)
         return num_blocks * layout.sequence_length
 
     @property
@@ -71,12 +93,11 @@ class TrainingPlan:
 
     @property
     def hours(self) -> float | None:
-        """Hours of all steps, without evaluation and saving; None on a GPU that is not known."""
-        compute_dtype = self.layout.mixed_precision or self.layout.weight_dtype
-        peak = gpu_flops(self.gpu, compute_dtype) if self.gpu is not None else None
-        if peak is None or self.total_flops is None:
+        """Hours of all steps, without evaluation and saving; None on a GPU whose peak is not known."""
+        if self.peak_flops_per_device is None or self.total_flops is None:
             return None
-        return self.total_flops / (peak * self.utilization * self.layout.num_processes) / 3600
+        flops_per_second = self.peak_flops_per_device * self.utilization * self.layout.num_processes
+        return self.total_flops / flops_per_second / 3600
 
     @property
     def missing_bytes(self) -> int | None:
@@ -127,8 +148,9 @@ class TrainingPlan:
             "total_tokens": self.total_tokens,
             "flops_per_token": self.flops_per_token,
             "total_flops": self.total_flops,
-            "utilization": self.utilization,
-            "hours": self.hours,
+            "peak_flops_per_device": self.peak_flops_per_device,
+            "assumed_mfu": self.utilization,
+            "hours_at_assumed_mfu": self.hours,
         }
 
 
@@ -144,13 +166,15 @@ def plan_training(
     """Return the plan of training a model of `config`.
 
     Args:
-        settings: of the run, as `arguments.parse_settings` gives them.
+        settings: of the run, as `arguments.parse_settings` gives them; a `peak_flops_per_device` wins over that of
+            `gpu`.
         accelerate: configuration of `accelerate launch`, as in `configs/accelerate/`.
 
     Raises:
         SettingsError: if they do not go together, or ask for an engine that is not estimated.
     """
     layout = layout_of(config, settings, accelerate)
+    promised = gpu_flops(gpu, layout.mixed_precision or layout.weight_dtype) if gpu is not None else None
     max_steps = settings.get("max_steps", RecipeArguments.max_steps)
     return TrainingPlan(
         config=config,
@@ -158,8 +182,8 @@ def plan_training(
         layout=layout,
         max_steps=max_steps if max_steps > 0 else None,
         flops_per_token=training_flops_per_token(config, layout.sequence_length),
-        gpu=gpu,
-        gpu_memory_bytes=gpu_memory_bytes if gpu_memory_bytes or gpu is None else gpu.memory_gb * 10**9,
+        gpu_memory_bytes=gpu_memory_bytes if gpu_memory_bytes or gpu is None else round(gpu.memory_gb * 10**9),
+        peak_flops_per_device=settings.get("peak_flops_per_device") or promised,
         utilization=utilization,
     )
 
@@ -170,10 +194,12 @@ def layout_of(config: Any, settings: Mapping[str, Any], accelerate: Mapping[str,
     Raises:
         SettingsError: as [`plan_training`].
     """
+    _check_settings(settings)
     parallelism = {
         name.removeprefix("parallelism_config_"): value
         for name, value in (accelerate.get("parallelism_config") or {}).items()
     }
+    sizes = {name.removesuffix("_size"): value for name, value in parallelism.items() if name.endswith("_size")}
     fsdp = {name.removeprefix("fsdp_"): value for name, value in (accelerate.get("fsdp_config") or {}).items()}
     upcycled = hasattr(config, "router_type")
 
@@ -181,10 +207,10 @@ def layout_of(config: Any, settings: Mapping[str, Any], accelerate: Mapping[str,
         return settings.get(name, getattr(group, name))
 
     layout = Layout(
-        num_processes=accelerate.get("num_processes", 1),
+        num_processes=accelerate.get("num_processes") or 1,
         tensor_parallel_size=setting("tensor_parallel_size", EngineArguments),
         expert_parallel_size=setting("expert_parallel_size", EngineArguments),
-        context_parallel_size=parallelism.get("cp_size", 1),
+        context_parallel_size=sizes.get("cp", 1),
         reshard_after_forward=fsdp.get("reshard_after_forward", True) not in (False, "NO_SHARD", "SHARD_GRAD_OP"),
         micro_batch_size=setting("per_device_train_batch_size", RecipeArguments),
         sequence_length=setting("block_size", DataArguments),
@@ -199,28 +225,96 @@ def layout_of(config: Any, settings: Mapping[str, Any], accelerate: Mapping[str,
         separates_documents=setting("document_mask", DataArguments),
         float32_routers=upcycled and setting("router_dtype", ModelArguments) != "model",
     )
-    # FSDP2 shards over the processes that share a sequence, too.
-    shards = parallelism.get("dp_shard_size", 1) * layout.context_parallel_size
-    layout = replace(layout, engine=_engine(layout, settings, accelerate), shard_size=shards if shards > 1 else None)
-    parts = layout.tensor_parallel_size * layout.context_parallel_size
-    if layout.num_processes % parts:
-        raise SettingsError(
-            f"num_processes={layout.num_processes} is not a multiple of tensor_parallel_size x "
-            f"parallelism_config_cp_size = {parts}; start a multiple."
-        )
-    return replace(layout, gradient_accumulation_steps=_accumulation(layout, settings))
-
-
-def _engine(layout: Layout, settings: Mapping[str, Any], accelerate: Mapping[str, Any]) -> str:
-    kind = str(accelerate.get("distributed_type", "NO")).upper()
+    num_processes = layout.num_processes
+    check_least_values({"num_processes": num_processes})
+    check_num_processes(settings.get("expected_processes"), num_processes)
+    check_dimensions(sizes, num_processes)
+    check_context_parallelism(
+        layout.context_parallel_size, layout.sequence_length, setting("document_mask", DataArguments)
+    )
+    engine = _engine(accelerate, fsdp)
     if layout.tensor_parallel_size > 1 or layout.expert_parallel_size > 1:
-        return "load"
+        check_sharding_at_load(
+            layout.tensor_parallel_size,
+            layout.expert_parallel_size,
+            num_processes,
+            has_engine=engine != "ddp" or bool(parallelism),
+            load_best_model_at_end=bool(settings.get("load_best_model_at_end")),
+        )
+        engine = "load"
+    # Where processes hold copies, or share a sequence: FSDP2 shards over the latter too, over the former not.
+    is_laid_out = any(size > 1 for size in sizes.values())
+    shard_size = sizes.get("dp_shard", 1) * layout.context_parallel_size if is_laid_out else None
+    steps = accumulation_steps(
+        settings.get("tokens_per_step"),
+        settings.get("gradient_accumulation_steps", 1),
+        layout.sequence_length,
+        layout.micro_batch_size,
+        _num_batches(layout),
+    )
+    return replace(layout, engine=engine, shard_size=shard_size, gradient_accumulation_steps=steps)
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Check what a run would refuse, and that nothing is asked for that is not estimated.
+
+    Raises:
+        SettingsError: at the first such setting.
+    """
+    check_least_values(settings)
+    # -1, the default, is none given.
+    if (max_steps := settings.get("max_steps", RecipeArguments.max_steps)) < 1 and max_steps != -1:
+        raise SettingsError(f"max_steps={max_steps} must be at least 1.")
+    check_schedule(build_group(RecipeArguments, settings))
+    check_monitoring(build_group(MonitoringArguments, settings))
+    for name, allowed in (
+        ("optim", [optimizer.value for optimizer in OptimizerNames]),
+        ("lr_scheduler_type", [scheduler.value for scheduler in SchedulerType]),
+        ("attn_implementation", ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]),
+        ("experts_implementation", ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]),
+    ):
+        value = settings.get(name)
+        # A slash is in the name of a kernel on the Hub.
+        if value is not None and value not in allowed and "/" not in value:
+            raise SettingsError(f"{name}={value} is not known; allowed: {', '.join(sorted(allowed))}.")
+    for name in ("fsdp", "fsdp_config", "deepspeed"):
+        if settings.get(name):
+            raise SettingsError(
+                f"{name}={settings[name]} as a setting of the run is not estimated; give the plan a configuration of "
+                "accelerate launch instead, such as configs/accelerate/fsdp2.yaml."
+            )
+
+
+def _engine(accelerate: Mapping[str, Any], fsdp: Mapping[str, Any]) -> str:
+    """Return the engine that the launcher runs.
+
+    Raises:
+        SettingsError: if it is not estimated.
+    """
+    # YAML reads a bare `NO` as false.
+    kind = str(accelerate.get("distributed_type") or "NO").upper()
+    if kind not in ENGINES:
+        raise SettingsError(f"distributed_type={kind} is not estimated; allowed: {', '.join(ENGINES)}.")
+    deepspeed = accelerate.get("deepspeed_config") or {}
     if kind == "DEEPSPEED":
-        stage = (accelerate.get("deepspeed_config") or {}).get("zero_stage")
-        if stage != 3:
+        if file := deepspeed.get("deepspeed_config_file"):
+            raise SettingsError(f"deepspeed_config_file={file} is not estimated; give zero_stage: 3 in its place.")
+        if (stage := deepspeed.get("zero_stage")) != 3:
             raise SettingsError(f"deepspeed_config: zero_stage={stage} is not estimated; only 3 is.")
-        return "zero3"
-    return "fsdp2" if kind == "FSDP" or settings.get("fsdp") else "ddp"
+        for name in ("offload_optimizer_device", "offload_param_device"):
+            if (device := str(deepspeed.get(name) or "none")) != "none":
+                raise SettingsError(f"{name}={device} is not estimated; plan with none.")
+    if kind == "FSDP":
+        if (version := fsdp.get("version", 1)) != 2:
+            raise SettingsError(f"fsdp_version={version} is not estimated; only 2 is, as in fsdp2.yaml.")
+        for name in ("offload_params", "activation_cpu_offload", "activation_checkpointing_offload"):
+            if fsdp.get(name):
+                raise SettingsError(f"fsdp_{name}={fsdp[name]} is not estimated; plan with false.")
+    return ENGINES[kind]
+
+
+def _num_batches(layout: Layout) -> int:
+    return batches_at_a_time(layout.num_processes, layout.tensor_parallel_size, layout.context_parallel_size)
 
 
 def _weight_dtype(config: Any, name: str) -> torch.dtype:
@@ -248,21 +342,6 @@ def _syncs_each_batch(settings: Mapping[str, Any]) -> bool:
     options = settings.get("accelerator_config")
     options = load_yaml(options) if isinstance(options, str) else options or {}
     return (options.get("gradient_accumulation_kwargs") or {}).get("sync_each_batch", True)
-
-
-def _accumulation(layout: Layout, settings: Mapping[str, Any]) -> int:
-    tokens_per_step = settings.get("tokens_per_step")
-    if tokens_per_step is None:
-        return settings.get("gradient_accumulation_steps", 1)
-    num_batches = layout.num_processes // (layout.tensor_parallel_size * layout.context_parallel_size)
-    micro_batch_tokens = layout.sequence_length * layout.micro_batch_size * num_batches
-    if tokens_per_step < 1 or tokens_per_step % micro_batch_tokens:
-        raise SettingsError(
-            f"tokens_per_step={tokens_per_step} is not a multiple of {micro_batch_tokens} = block_size x "
-            f"per_device_train_batch_size x batches at a time = {layout.sequence_length} x "
-            f"{layout.micro_batch_size} x {num_batches}."
-        )
-    return tokens_per_step // micro_batch_tokens
 
 
 def read_accelerate_config(path: str | Path) -> dict[str, Any]:

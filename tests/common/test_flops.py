@@ -95,15 +95,46 @@ def test_a_classifier_has_its_own_head():
         ("NVIDIA B200", "b200"),
         ("NVIDIA GB200", "gb200"),
         ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA A40", "a40"),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("NVIDIA RTX A6000", "rtx-a6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx-6000-ada"),
+        ("AMD Instinct MI300X OAM", "mi300x"),
     ],
 )
 def test_the_name_that_a_driver_gives_finds_the_gpu(name, gpu):
     assert find_gpu(name) is GPUS[gpu]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA GeForce GTX 1080",
+        "NVIDIA RTX A1000",
+        "NVIDIA RTX A4000",
+        "NVIDIA RTX A400",
+        "NVIDIA RTX A3000 Laptop GPU",
+        "NVIDIA A10G",
+        "NVIDIA A100X",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA H100 96GB HBM3",
+    ],
+)
+def test_a_name_that_only_contains_another_is_not_known(name):
+    assert find_gpu(name) is None
+
+
+def test_memory_is_what_cuda_shows_where_that_is_known():
+    """In GiB: 79.1 of an H100 and an A100 of 80 GB, 139.8 of an H200."""
+    for name, num_gib in (("h100", 79.1), ("a100", 79.1), ("a100-40gb", 39.4), ("h200", 139.8)):
+        assert GPUS[name].memory_gb * 1e9 == pytest.approx(num_gib * 2**30, rel=1e-3)
+
+
 def test_nothing_is_promised_of_what_is_not_known():
-    assert find_gpu("NVIDIA GeForce RTX 4090 Laptop GPU") is None
-    assert find_gpu("NVIDIA GeForce GTX 1080") is None
     assert peak_flops("cpu", torch.bfloat16) is None
     assert gpu_flops(GPUS["h100"], torch.int8) is None
 

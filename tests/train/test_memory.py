@@ -9,7 +9,14 @@ import torch
 from transformers import Qwen2Config
 
 from modeling_upcycled_moe import UpcycledQwenMoeConfig
-from upcycled_moe.train.memory import OVERHEAD_BYTES, Layout, estimate_memory, num_elements, weights_of
+from upcycled_moe.train.memory import (
+    OVERHEAD_BYTES,
+    Layout,
+    estimate_memory,
+    estimate_moments,
+    num_elements,
+    weights_of,
+)
 
 
 SHAPE = {
@@ -117,12 +124,20 @@ def test_shards_are_parts_of_what_one_process_holds():
     assert copies.communication == 0
 
 
-def test_zero_3_keeps_eighteen_bytes_of_a_weight():
-    """DeepSpeed's own estimate: 18 bytes for each weight, shared out, and four for those of the largest layer."""
-    estimate = estimate_memory(MOE, replace(LEAN, num_processes=4, engine="zero3", micro_batch_size=1))
-    held = estimate.weights + estimate.optimizer
-    assert held == pytest.approx(14 * total_parameters(MOE) / 4, rel=1e-3)
-    assert estimate.communication == 4 * weights_of(MOE).largest_layer
+@pytest.mark.parametrize("gradient_accumulation_steps", [1, 4])
+def test_zero_3_holds_sixteen_bytes_of_a_weight_and_a_bucket_at_every_moment(gradient_accumulation_steps):
+    """Weights and gradients in bfloat16, whose place is kept from set-up on; weights and two moments in float32."""
+    layout = replace(LEAN, num_processes=4, engine="zero3", gradient_accumulation_steps=gradient_accumulation_steps)
+    moments = estimate_moments(MOE, layout)
+    assert len(moments) == 5
+    for moment in moments:
+        held = moment.weights + moment.gradients + moment.optimizer
+        assert held == pytest.approx(16 * total_parameters(MOE) / 4, rel=1e-3)
+        assert moment.communication >= 2 * 500_000_000
+    bucket = moments[-1].communication
+    assert moments[0].communication - bucket == 4 * weights_of(MOE).largest_layer
+    # The gradients that the optimizer takes, in float32.
+    assert moments[-1].activations == pytest.approx(4 * total_parameters(MOE) / 4, rel=1e-3)
 
 
 def test_accumulation_under_fsdp_holds_the_gradients_of_all_weights_unless_each_batch_is_reduced():
