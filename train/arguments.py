@@ -415,12 +415,38 @@ def _describe(expected: Any) -> str:
     return expected.__name__ if isinstance(expected, type) and not get_args(expected) else str(expected)
 
 
+# Fields of Transformers' own that decide a result, or what is kept of it; another version may have other defaults.
+DECIDING_FIELDS = (
+    "seed",
+    "full_determinism",
+    "optim",
+    "adam_epsilon",
+    "gradient_accumulation_steps",
+    "average_tokens_across_devices",
+    "label_smoothing_factor",
+    "bf16",
+    "fp16",
+    "tf32",
+    "torch_compile",
+    "use_liger_kernel",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "save_only_model",
+    "load_best_model_at_end",
+)
+
+
 def resolved_settings(arguments: Arguments) -> dict[str, Any]:
     """Return the settings of a run, with the defaults spelt out, as a file that `--config` takes.
 
     Those that belong to one start only, or are secret, are left out.
     """
-    settings: dict[str, Any] = {}
+    values = {name: getattr(arguments.training, name) for name in DECIDING_FIELDS}
+    if arguments.training.tokens_per_step is not None:
+        # It sets this, and both together are refused.
+        del values["gradient_accumulation_steps"]
+    settings: dict[str, Any] = {name: getattr(value, "value", value) for name, value in values.items()}
     for group in GROUPS:
         settings |= asdict(build_group(group, arguments.given))
     settings |= arguments.given

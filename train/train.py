@@ -22,10 +22,9 @@ at run time, 2 wrong settings or input, 130 interrupted; 143 after SIGTERM and 1
 import atexit
 import os
 import sys
-from pathlib import Path
 
 from upcycled_moe.common.settings import SettingsError
-from upcycled_moe.train.arguments import Arguments, format_help, parse_arguments, resolved_settings
+from upcycled_moe.train.arguments import Arguments, format_help, parse_arguments
 from upcycled_moe.train.errors import RunEnded, RunError
 
 
@@ -75,6 +74,7 @@ def train(arguments: Arguments) -> None:
     from upcycled_moe.train.monitoring.callbacks import shorten_console_log
     from upcycled_moe.train.monitoring.summary import summary
     from upcycled_moe.train.saving.checkpoints import checkpoint_to_resume
+    from upcycled_moe.train.saving.run_config import write_config
     from upcycled_moe.train.trainer import UpcyclingTrainer
 
     model_args, data_args, training_args, *_ = arguments
@@ -110,6 +110,7 @@ def train(arguments: Arguments) -> None:
     shorten_console_log(trainer)
     if training_args.should_save:
         _announce(arguments, checkpoint)
+        write_config(arguments, trainer)
         carry_files(model_args, training_args.output_dir)
         for risk in risks_of(trainer.model.config):
             print(f"train.py: warning: {risk}", file=sys.stderr)
@@ -123,11 +124,8 @@ def train(arguments: Arguments) -> None:
 
 
 def _announce(arguments: Arguments, checkpoint: str | None) -> None:
-    """Write the resolved settings, and say what begins: the number of processes is easily another than was meant."""
-    import yaml
-
+    """Say what begins: the number of processes is easily another than was meant."""
     from upcycled_moe.train.data.blocks import blocks_per_step
-    from upcycled_moe.train.saving.checkpoints import CONFIG_FILE
 
     _, data_args, training_args, *_ = arguments
     for note in arguments.notes:
@@ -139,10 +137,6 @@ def _announce(arguments: Arguments, checkpoint: str | None) -> None:
         f"from {start}",
         file=sys.stderr,
     )
-    output_dir = Path(training_args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    settings = yaml.safe_dump(resolved_settings(arguments), sort_keys=False, allow_unicode=True)
-    (output_dir / CONFIG_FILE).write_text(settings, encoding="utf-8")
 
 
 def _exit(status: int) -> None:

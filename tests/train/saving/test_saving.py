@@ -1,5 +1,6 @@
 """Which checkpoints a run keeps, what it puts into them, and what it says of the disk and of signals."""
 
+import importlib.metadata
 import json
 import math
 import shutil
@@ -84,6 +85,42 @@ def test_a_checkpoint_has_the_settings_of_its_run(settings):
     saved = (settings["output_dir"] / "checkpoint-1" / "training_config.yaml").read_text()
     assert saved == (settings["output_dir"] / "training_config.yaml").read_text()
     assert yaml.safe_load(saved)["learning_rate"] == settings["learning_rate"]
+
+
+@pytest.mark.parametrize("batch", [{"tokens_per_step": 256}, {"gradient_accumulation_steps": 2}], ids=str)
+def test_the_settings_that_are_stored_say_what_was_used_and_repeat_the_run(settings, tmp_path, batch):
+    settings |= {"max_steps": 2, "save_total_limit": 1, "seed": 3, **batch}
+    assert main(command_line(settings)) == 0
+    config = settings["output_dir"] / "training_config.yaml"
+    stored = yaml.safe_load(config.read_text())
+    expected = {
+        **{"seed": 3, "data_seed": 3, "optim": "adamw_torch_fused", "adam_epsilon": 1e-8, "save_total_limit": 1},
+        **{"max_grad_norm": 1.0, "bf16": False, "fp16": False, "router_dtype": "float32", "loss_chunk_tokens": 1024},
+        **{"router_aux_loss_coef": 0.05, "router_z_loss_coef": 0.01, "router_bias_update_rate": 0.001},
+        **{"router_entropy_loss_coef": 0.0, "router_jitter_noise": 0.0, **batch},
+    }
+    assert {name: stored[name] for name in expected} == expected
+    assert not {"tokens_per_step", "gradient_accumulation_steps"} <= {name for name in stored if stored[name]}
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("upcycled-moe", "transformers", "torch")]
+    comment = [line for line in config.read_text().splitlines() if line.startswith("# ")]
+    assert all(text in comment[0] for text in versions)
+    assert comment[1:] == [
+        "# 1 processes with whole copies of the model, mixed precision no",
+        "# 256 tokens a step, in 2 micro-batches of each process",
+    ]
+
+    assert main(["--config", str(config), f"output_dir={tmp_path / 'again'}"]) == 0
+    first, again = (folder / "model.safetensors" for folder in (settings["output_dir"], tmp_path / "again"))
+    assert first.read_bytes() == again.read_bytes()
+    again = (tmp_path / "again" / "training_config.yaml").read_text()
+    assert again == config.read_text().replace(str(settings["output_dir"]), str(tmp_path / "again"))
+
+
+def test_the_settings_of_a_dense_model_are_stored_too(settings, dense_checkpoint, tmp_path):
+    settings |= {"max_steps": 1, "model_name_or_path": dense_checkpoint}
+    assert main(command_line(settings)) == 0
+    config = settings["output_dir"] / "training_config.yaml"
+    assert main(["--config", str(config), f"output_dir={tmp_path / 'again'}"]) == 0
 
 
 Usage = namedtuple("Usage", ["free"])
