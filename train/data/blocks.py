@@ -230,7 +230,7 @@ def _check_order(checkpoint: str | Path, saved: dict[str, Any], current: dict[st
         if saved.get(name) != current.get(name):
             raise SettingsError(
                 f"{checkpoint}: was saved with {saved.get(name)} {what}, this run has {current.get(name)}; resume "
-                "with the same text in the same order, or begin anew in another output_dir."
+                "with the same text, read in the same way, or begin anew in another output_dir."
             )
 
 
