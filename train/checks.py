@@ -59,13 +59,7 @@ def check_schedule(args: RecipeArguments) -> None:
     Raises:
         SettingsError: if a part of it is out of range, or the parts exclude each other.
     """
-    for name in (
-        "learning_rate",
-        "router_learning_rate",
-        "router_warmup_steps",
-        "lr_decay_factor",
-        "max_skipped_steps",
-    ):
+    for name in NOT_NEGATIVE:
         if (getattr(args, name) or 0) < 0:
             raise SettingsError(f"{name}={getattr(args, name):g} is negative; give 0 or more.")
     scheduler = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
