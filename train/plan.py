@@ -221,7 +221,7 @@ def layout_of(config: Any, settings: Mapping[str, Any], accelerate: Mapping[str,
         gradient_checkpointing=bool(settings.get("gradient_checkpointing") or fsdp.get("activation_checkpointing")),
         attn_implementation=settings.get("attn_implementation") or "sdpa",
         experts_implementation=settings.get("experts_implementation") or "grouped_mm",
-        loss_chunk_tokens=_loss_chunk_tokens(setting("loss_chunk_tokens", ModelArguments), upcycled),
+        loss_chunk_tokens=_loss_chunk_tokens(setting("loss_chunk_tokens", ModelArguments), config),
         separates_documents=setting("document_mask", DataArguments),
         float32_routers=upcycled and setting("router_dtype", ModelArguments) != "model",
     )
@@ -332,7 +332,12 @@ def _mixed_precision(settings: Mapping[str, Any], accelerate: Mapping[str, Any])
     return PRECISIONS[name]
 
 
-def _loss_chunk_tokens(given: int | None, upcycled: bool) -> int | None:
+def _loss_chunk_tokens(given: int | None, config: Any) -> int | None:
+    upcycled = hasattr(config, "router_type")
+    if given and not upcycled:
+        raise SettingsError(
+            f"loss_chunk_tokens={given}, but {config.model_type} models know no such loss; leave it out."
+        )
     if given is None:
         return LOSS_CHUNK_TOKENS if upcycled else None
     return given or None

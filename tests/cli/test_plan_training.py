@@ -131,6 +131,9 @@ def test_a_stock_moe_fits_without_a_word_of_conversion(upcycled_moe, tmp_path):
     assert status == 0
     assert "Fits into 24 GB" in out
     assert "Preserves the function" not in out
+    status, _, err = upcycled_moe("plan", tmp_path, "--train", CONFIGS / "small.yaml", "loss_chunk_tokens=512")
+    assert status == 2
+    assert "loss_chunk_tokens=512, but qwen2_moe models know no such loss" in err
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (CONFIGS / "accelerate").glob("*.yaml")))
