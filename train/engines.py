@@ -53,11 +53,6 @@ def shards_at_load(args: EngineArguments) -> bool:
     return args.tensor_parallel_size > 1 or args.expert_parallel_size > 1
 
 
-def uses_deepspeed(args: TrainingArguments) -> bool:
-    """Return whether DeepSpeed runs the model."""
-    return bool(args.deepspeed) or bool(strtobool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")))
-
-
 def lay_out_processes(args: TrainingArguments, data_args: DataArguments) -> None:
     """Prepare `args` for the layout of processes that they and the launcher say.
 
@@ -114,26 +109,7 @@ def distributed_config(args: TrainingArguments) -> DistributedConfig | None:
 
 
 def weights_at_load(args: TrainingArguments, checkpoint: str | None) -> str | None:
-    """Return `checkpoint` if its weights have to be there as the model is loaded, and sharded; else None.
-
-    Raises:
-        SettingsError: if its optimizer was sharded in another way than this run's.
-    """
-    if checkpoint is None:
-        return None
-    for name, is_used, was_used in (
-        ("DeepSpeed", uses_deepspeed(args), Path(checkpoint, DEEPSPEED_FILE).is_file()),
-        (
-            "tensor_parallel_size or expert_parallel_size above 1",
-            shards_at_load(args),
-            Path(checkpoint, OPTIMIZER_FOLDER).is_dir() and not any(Path(checkpoint).glob("pytorch_model_fsdp*")),
-        ),
-    ):
-        if is_used != was_used:
-            raise SettingsError(
-                f"{checkpoint} was saved {'with' if was_used else 'without'} {name}, and its optimizer is only "
-                "resumed in the same way; do so, or start a new run from it with model_name_or_path."
-            )
+    """Return `checkpoint` if its weights have to be there as the model is loaded, and sharded; else None."""
     return checkpoint if shards_at_load(args) else None
 
 
