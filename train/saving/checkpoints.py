@@ -17,7 +17,7 @@ from ...common.settings import SettingsError
 from ..data.blocks import read_position
 from ..engines import DEEPSPEED_FILE, OPTIMIZER_FOLDER, shards_at_load
 from ..errors import RunEnded
-from .staging import finish_moving_model
+from .staging import clear_leftovers, finish_moving_model
 
 
 # What shards a run's model, or its optimizer: each has names of its own for what it saves.
@@ -79,6 +79,8 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     with training_args.main_process_first(local=training_args.save_on_each_node):
         if training_args.should_save:
             finish_moving_model(Path(output_dir))
+            # A finished run may have been killed as it cleared them.
+            clear_leftovers(Path(output_dir))
     if wanted == "auto" and (step := _final_step(Path(output_dir))) is not None and step >= training_args.max_steps:
         raise RunEnded(0, f"{output_dir} holds the final model of step {step}; nothing is left to train.")
     if wanted in ("last", "auto"):

@@ -11,6 +11,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.train.saving.resuming import load_weights
+from upcycled_moe.train.saving.staging import STAGING_FOLDER
 from upcycled_moe.train.train import main
 
 
@@ -77,8 +78,11 @@ def test_a_finished_run_is_told_so_and_a_missing_final_model_is_made_from_the_la
     last_log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"][-1]
     capsys.readouterr()
 
+    # As where a kill comes after the last move.
+    (tmp_path / STAGING_FOLDER / "model").mkdir(parents=True)
     assert main(command_line(settings)) == 0
     assert f"{tmp_path} holds the final model of step 4; nothing is left to train." in capsys.readouterr().err
+    assert not (tmp_path / STAGING_FOLDER).exists()
 
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).unlink()
