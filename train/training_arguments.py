@@ -3,6 +3,7 @@
 import importlib.util
 from dataclasses import dataclass
 
+import torch
 from transformers import TrainingArguments
 
 from ..common.settings import SettingsError
@@ -59,6 +60,12 @@ class UpcyclingTrainingArguments(RecipeArguments, EngineArguments, MonitoringArg
                 f"dataloader_num_workers={self.dataloader_num_workers}: each worker would read all of the text; "
                 "use 0, or 1 to read ahead."
             )
+
+    @property
+    def device(self) -> torch.device:
+        """As in [`TrainingArguments`]; a CPU without a number, of which older releases cannot load an optimizer."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     def _check_optimizer(self):
         for package, names in OPTIMIZER_PACKAGES.items():

@@ -121,7 +121,9 @@ def test_a_worker_that_reads_ahead_tells_its_position(text):
         if start is not None:
             resumable.resume(start)
         loader = DataLoader(resumable, batch_size=None, num_workers=1, collate_fn=lambda block: block)
-        read = list(islice(loader, position))
+        # Its worker lives until the position is asked for, as in a run.
+        batches = iter(loader)
+        read = list(islice(batches, position))
         assert read[position - 6 :] == expected[position - 6 : position]
         start = json.loads(json.dumps(blocks.state_dict(position)))
         assert start == _position_without_worker(text, position)
