@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .files import replacing
+
 
 ROUTING_LOG_FILE = "routing.jsonl"
 
@@ -62,9 +64,7 @@ def cut_routing(path: Path, last_step: int) -> None:
     if last_step == 0:
         path.unlink(missing_ok=True)
     elif path.is_file():
-        partial = path.with_name(f"{path.name}.partial")
-        with partial.open("w", encoding="utf-8") as file:
+        with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
             for entry in read_routing(path):
                 if entry["step"] <= last_step:
                     file.write(json.dumps(entry, separators=(",", ":")) + "\n")
-        partial.replace(path)

@@ -403,6 +403,7 @@ class UpcycledQwenMoeModel(UpcycledQwenMoePreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+
         # `generate` may have prepared one mask for each layer type.
         if not isinstance(causal_masks := attention_mask, dict):
             mask_arguments = {

@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from ...common.files import replacing
 from ...common.packing import BlockPacker, PackedBlocks, tokenize
 from ...common.settings import SettingsError
 from ...common.text import TextStream, next_document, open_text
@@ -152,16 +153,10 @@ class SavePositionCallback(TrainerCallback):
             "order": self.blocks.describe(),
             **self.blocks.state_dict(state.global_step * num_blocks),
         }
-        _write_atomically(folder / POSITION_FILE, position)
-
-
-def _write_atomically(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+        with replacing(folder / POSITION_FILE) as path, path.open("w", encoding="utf-8") as file:
+            json.dump(position, file)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_position(checkpoint: str | Path) -> dict[str, Any] | None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...common.files import replacing
+
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,12 +94,8 @@ def save_png(figure: "Figure", path: Path) -> None:
     Raises:
         OSError: if it cannot be written.
     """
-    partial = path.with_name(f"{path.name}.partial")
-    try:
+    with replacing(path) as partial:
         figure.savefig(partial, format="png")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def pixels(figure: "Figure") -> np.ndarray:

@@ -15,6 +15,7 @@ from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ...common.files import replacing
 from ..data.blocks import collate_blocks
 
 
@@ -134,15 +135,12 @@ class ProbeFolder:
 
 
 def _write_whole(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        save_file(tensors, partial)
-        partial.replace(path)
+        with replacing(path) as partial:
+            save_file(tensors, partial)
     except SafetensorError as error:
         # A full disk is one too.
         raise OSError(f"{path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def saturation(probes: ProbeFolder, final: torch.Tensor, num_experts: int) -> tuple[list[int], torch.Tensor]:
@@ -165,6 +163,5 @@ def write_saturation(path: Path, layers: Sequence[int], steps: Sequence[int], va
         },
         "mean": [round(value, 6) for value in values.mean(dim=1).tolist()],
     }
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
