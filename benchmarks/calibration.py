@@ -16,7 +16,8 @@ from measure import machine, spread
 from shapes import QWEN2_0_5B
 from transformers import AutoModel, Qwen2Config, Qwen2ForCausalLM
 
-from upcycled_moe.conversion.calibration import best_device, calibrate, compute_dtype
+from upcycled_moe.common.devices import best_device
+from upcycled_moe.conversion.calibration import calibrate, compute_dtype
 from upcycled_moe.conversion.source import open_source
 
 

@@ -43,9 +43,9 @@ from transformers import (
 
 import modeling_upcycled_moe.modeling_upcycled_moe as modeling
 from modeling_upcycled_moe import UpcycledQwenMoeConfig
+from upcycled_moe.common.blocks import collate_blocks
 from upcycled_moe.common.flops import peak_flops, training_flops_per_token
 from upcycled_moe.common.routing import RouterStatistics
-from upcycled_moe.train.data.blocks import collate_blocks
 from upcycled_moe.train.trainer import UpcyclingTrainer
 from upcycled_moe.train.training_arguments import UpcyclingTrainingArguments
 

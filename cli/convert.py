@@ -49,9 +49,10 @@ def run(options: argparse.Namespace) -> int:
     *dense, out = options.places
     recipe, out = recipe_from(options, *dense or [None]), Path(out)
 
+    from ..common.output_folder import check_kept
     from ..conversion.convert import convert
     from ..conversion.plan import build_plan
-    from ..conversion.writer import check_kept, check_output
+    from ..conversion.writer import check_output
     from .console import ConsoleProgress, quiet_libraries
 
     if options.recipe is not None:

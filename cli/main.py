@@ -89,7 +89,7 @@ def _run(options: argparse.Namespace) -> int:
         return _fail(f"{where}{reason}", 1)
     except (MemoryError, RuntimeError) as error:
         # Only what fails for lack of memory: any other one is a bug, and its traceback wanted.
-        from ..conversion.memory import is_out_of_memory
+        from ..common.devices import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

@@ -1,5 +1,7 @@
 """Numbers as people read them."""
 
+import math
+
 
 def format_count(count: float) -> str:
     """Return `2121000000` as `2.12B`."""
@@ -17,3 +19,11 @@ def _scaled(value: float, units: tuple[str, ...]) -> str:
         value /= 1000
         power += 1
     return f"{value:.0f}{units[0]}" if power == 0 else f"{value:.3g}{units[power]}"
+
+
+def perplexity(loss: float) -> float:
+    """Return `exp(loss)`, infinite where that is beyond what a float holds."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

@@ -131,3 +131,20 @@ def router_metrics(
     statistics = RouterStatistics(1, router_logits.shape[-1], router_logits.device)
     statistics.update([router_logits], [selected_experts], config, weights)
     return statistics.metrics()[0]
+
+
+def selection_overlap(first: torch.Tensor, second: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Return the mean share [L] of a token's experts that two selections [L, T, K] have in common; E is an empty slot.
+
+    The share is of its experts in the selection that gives it more; the order does not count.
+    """
+    return torch.stack([_layer_overlap(*pair, num_experts) for pair in zip(first, second, strict=True)])
+
+
+def _layer_overlap(first: torch.Tensor, second: torch.Tensor, num_experts: int) -> torch.Tensor:
+    is_filled = first < num_experts  # [T, K]
+    # An expert is in no two slots of a token.
+    common = (is_filled[:, :, None] & (first[:, :, None] == second[:, None, :])).sum(dim=(1, 2))
+    largest = torch.maximum(is_filled.sum(dim=1), (second < num_experts).sum(dim=1))
+    # Tokens that both leave without an expert agree.
+    return torch.where(largest > 0, common / largest.clamp(min=1), 1.0).mean()

@@ -6,8 +6,9 @@ import torch
 
 from modeling_upcycled_moe import ROUTERS
 
+from ..common.devices import best_device
 from ..common.routing import router_metrics
-from .calibration import LayerActivations, best_device, calibrate, calibration_blocks
+from .calibration import LayerActivations, calibrate, calibration_blocks
 from .heads import coinciding_keys
 from .plan import ConversionPlan
 from .report import RouterReport, report_router

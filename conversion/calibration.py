@@ -91,11 +91,6 @@ def _recording_attention(module, query, key, value, attention_mask, **kwargs):
 AttentionInterface.register(ATTENTION_NAME, _recording_attention)
 
 
-def best_device() -> torch.device:
-    """Return the accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-
-
 def compute_dtype(source: DenseSource, device: torch.device) -> torch.dtype:
     """Return the type to calibrate in: the weights' own, but float32 for float16 on a CPU, which is slow there."""
     dtype = DTYPES[source.tensors["model.embed_tokens.weight"].dtype]

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..common.output_folder import staged
 from .card import write_card
 from .plan import ConversionPlan, build_plan
 from .recipe import ConversionRecipe
 from .report import RouterReport
 from .routers import RouterContent, router_contents
 from .source import COMPANION_FILES, COMPANION_FOLDERS, DenseSource
-from .writer import BUFFER_BYTES, check_output, staged, write_text, write_weights
+from .writer import BUFFER_BYTES, check_output, write_text, write_weights
 
 
 PROVENANCE_FILE = "upcycling.json"

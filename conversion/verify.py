@@ -4,20 +4,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedConfig
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from ..common.checkpoints import check_code, load_config, load_model
+from ..common.devices import best_device
 from ..common.settings import SettingsError
-from .calibration import best_device
-from .memory import is_out_of_memory
 from .randomness import tensor_generator
 
 
@@ -105,9 +99,8 @@ def verify(
     for name, value in (("num_sequences", num_sequences), ("sequence_length", sequence_length)):
         if value < 1:
             raise SettingsError(f"{name}={value} must be at least 1.")
-    if not trust_remote_code:
-        _check_local_code(moe)
-    dense_config, moe_config = _config(dense, own_code=False), _config(moe, own_code=True)
+    check_code(moe, trust_remote_code=trust_remote_code)
+    dense_config, moe_config = load_config(dense, own_code=False), load_config(moe)
     if dense_config.vocab_size != moe_config.vocab_size:
         raise SettingsError(
             f"{moe} has {moe_config.vocab_size} tokens, {dense} has {dense_config.vocab_size}: "
@@ -142,26 +135,6 @@ def verify(
     )
 
 
-def _config(model: str, *, own_code: bool):
-    if Path(model).is_dir() and not (Path(model) / "config.json").exists():
-        raise SettingsError(f"{model}: there is no config.json; give the folder of a finished checkpoint.")
-    with _loading(model):
-        return _auto_class("AutoConfig", model, own_code).from_pretrained(model)
-
-
-def _check_local_code(model: str) -> None:
-    """Check that loading `model` with its own code downloads none."""
-    way_out = "give trust_remote_code (--trust-remote-code) if you trust it"
-    if not Path(model).is_dir():
-        raise SettingsError(f"{model}: not a local folder, and a Hub checkpoint runs code that it brings; {way_out}.")
-    config_path = Path(model) / "config.json"
-    if config_path.is_file():
-        with _loading(model):
-            auto_map = PreTrainedConfig.get_config_dict(model)[0].get("auto_map", {})
-        if foreign := [name for name in auto_map.values() if "--" in str(name)]:
-            raise SettingsError(f"{config_path}: names code of another repository ({foreign[0]}); {way_out}.")
-
-
 def _dense_logits(
     dense: str, config: Any, tokens: Tensor, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
@@ -193,34 +166,11 @@ def _as_mixture(ffn: Callable[[Tensor], Tensor], generator: torch.Generator, hid
 @contextmanager
 def _inference(model_name: str, config: Any, dtype: torch.dtype, *, own_code: bool) -> Iterator[tuple]:
     """Load a model and give it, with a function that returns logits of tokens in float64 on the CPU."""
-    is_classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification")
-    auto_name = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
     device = best_device()
-    with _loading(model_name):
-        auto_class = _auto_class(auto_name, model_name, own_code)
-        model = auto_class.from_pretrained(model_name, config=config, dtype=dtype).eval().to(device)
+    model = load_model(model_name, config, dtype=dtype, device=device, own_code=own_code)
 
     def run(tokens: Tensor) -> Tensor:
         return torch.cat([model(row.unsqueeze(0).to(device)).logits.cpu().double() for row in tokens])
 
     with torch.inference_mode():
         yield model, run
-
-
-def _auto_class(name: str, model: str, own_code: bool) -> type:
-    """Return the class that loads `model`: from the code beside its weights, or the Auto class `name`.
-
-    The Auto classes themselves prefer a class that this process has registered over that code.
-    """
-    auto_map = PreTrainedConfig.get_config_dict(model)[0].get("auto_map", {}) if own_code else {}
-    return get_class_from_dynamic_module(auto_map[name], model) if name in auto_map else getattr(transformers, name)
-
-
-@contextmanager
-def _loading(model: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise SettingsError(f"{model}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error

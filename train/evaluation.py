@@ -1,21 +1,12 @@
 """Perplexity by domain."""
 
-import math
-
 import torch
 from transformers.trainer_utils import EvalLoopOutput
 
 from modeling_upcycled_moe.selection_upcycled_moe import sum_dtype
 
-from .data.blocks import count_targets
-
-
-def perplexity(loss: float) -> float:
-    """Return `exp(loss)`, infinite where that is beyond what a float holds."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
+from ..common.blocks import count_targets
+from ..common.numbers import perplexity
 
 
 class EvaluationMixin:

@@ -2,8 +2,8 @@
 
 from transformers import Trainer
 
+from ..common.blocks import collate_blocks
 from .balancing import BalancingMixin
-from .data.blocks import collate_blocks
 from .engines import EnginesMixin
 from .evaluation import EvaluationMixin
 from .monitoring.mixin import MonitoringMixin

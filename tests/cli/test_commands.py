@@ -11,7 +11,7 @@ import torch
 import yaml
 from dense_checkpoints import folder_hashes
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2ForCausalLM
+from transformers import PreTrainedConfig, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 
@@ -396,15 +396,24 @@ def test_verify_of_what_cannot_be_loaded(upcycled_moe, dense, tmp_path):
     )
 
 
-def test_verify_runs_no_downloaded_code_unasked(upcycled_moe, dense, converted, tmp_path):
-    for moe in ("org/model", tmp_path / "absent"):
-        status, out, err = upcycled_moe("verify", dense, moe)
-        assert (status, out) == (2, "")
-        assert f"{moe}: not a local folder, and a Hub checkpoint runs code that it brings; give" in err
-        assert "(--trust-remote-code) if you trust it." in err
-        status, out, err = upcycled_moe("verify", dense, moe, "--trust-remote-code")
-        assert (status, out) == (2, "")
-        assert f"{moe}: cannot be loaded (" in err
+def test_verify_runs_no_downloaded_code_unasked(upcycled_moe, dense, monkeypatch):
+    config = {"model_type": "upcycled_qwen_moe", "auto_map": {"AutoConfig": "configuration.Config"}}
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda *_, **__: (config, {}))
+    status, out, err = upcycled_moe("verify", dense, "org/model")
+    assert (status, out) == (2, "")
+    assert err == (
+        "upcycled-moe: error: org/model: this Hub checkpoint runs code that it brings; give trust_remote_code "
+        "(--trust-remote-code) if you trust it.\n"
+    )
+    status, out, err = upcycled_moe("verify", dense, "org/model", "--trust-remote-code")
+    assert (status, out) == (2, "")
+    assert "org/model: cannot be loaded (" in err
+
+
+def test_verify_of_what_is_not_there(upcycled_moe, dense, tmp_path):
+    status, out, err = upcycled_moe("verify", dense, tmp_path / "absent")
+    assert (status, out) == (2, "")
+    assert err == f"upcycled-moe: error: {tmp_path / 'absent'}: no such folder, and not a Hub id like org/name.\n"
 
 
 def test_a_revision_of_a_local_folder_is_refused(upcycled_moe, dense, converted, tmp_path):

@@ -20,8 +20,9 @@ from transformers import (
 )
 
 import modeling_upcycled_moe
+from upcycled_moe.common.devices import best_device
 from upcycled_moe.common.settings import SettingsError
-from upcycled_moe.conversion.calibration import best_device, calibrate, calibration_blocks
+from upcycled_moe.conversion.calibration import calibrate, calibration_blocks
 from upcycled_moe.conversion.convert import convert
 from upcycled_moe.conversion.source import open_source
 

@@ -223,7 +223,7 @@ def test_a_second_conversion_to_the_same_output_is_refused(
     captured = capfd.readouterr()
     assert captured.out == ""
     assert captured.err == (
-        f"upcycled-moe: error: {tmp_path / 'out'}: another conversion is writing it (in {tmp_path / 'out.partial'}); "
+        f"upcycled-moe: error: {tmp_path / 'out'}: another command is writing it (in {tmp_path / 'out.partial'}); "
         "wait for it, or give another folder.\n"
     )
     assert folder_hashes(tmp_path / "out.partial") == before

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from upcycled_moe.common.output_folder import OutputError
 from upcycled_moe.conversion.convert import convert
 from upcycled_moe.conversion.plan import build_plan
 from upcycled_moe.conversion.source import SourceError, SourceTensor, open_source
 from upcycled_moe.conversion.sources import check_fit, open_sources, split_revision
-from upcycled_moe.conversion.writer import OutputError, check_output
+from upcycled_moe.conversion.writer import check_output
 
 
 @pytest.fixture

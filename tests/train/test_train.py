@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, Qwen2ForCausalLM, Qwen3MoeConfig,
 
 from modeling_upcycled_moe import UpcycledQwenMoeConfig, UpcycledQwenMoeForCausalLM
 from modeling_upcycled_moe.losses_upcycled_moe import router_losses
+from upcycled_moe.common.numbers import perplexity
+from upcycled_moe.common.pictures import can_draw
 from upcycled_moe.common.routing_log import read_routing
 from upcycled_moe.common.text import open_text, pack_blocks
-from upcycled_moe.train.evaluation import perplexity
 from upcycled_moe.train.model import risks_of
-from upcycled_moe.train.monitoring.pictures import can_draw
 from upcycled_moe.train.train import main
 
 
@@ -110,9 +110,9 @@ def test_tensorboard_has_the_same_figures(short_run):
 def test_evaluation_is_the_pure_loss_over_all_tokens_of_each_domain(short_run, text_folder):
     from transformers import AutoTokenizer
 
+    from upcycled_moe.common.blocks import collate_blocks
     from upcycled_moe.common.packing import PackedBlocks, TokenizedText
     from upcycled_moe.common.text import open_text
-    from upcycled_moe.train.data.blocks import collate_blocks
 
     output_dir, logs = short_run
     metrics = {key: value for entry in logs for key, value in entry.items() if key.startswith("eval_")}

@@ -16,9 +16,9 @@ from modeling_upcycled_moe.losses_upcycled_moe import (
 )
 from modeling_upcycled_moe.selection_upcycled_moe import sum_dtype
 
+from ...common.blocks import count_targets
 from ...common.flops import peak_flops, training_flops_per_token
 from ...common.routing import RouterStatistics
-from ..data.blocks import count_targets
 from .gradients import gradient_norms
 from .metrics import mean_over_layers, router_log
 from .routing_view import RoutingView

@@ -3,30 +3,22 @@
 Dimensions: L MoE layers, E experts to choose from, N logs or probes.
 """
 
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...common.files import replacing
+from ...common.pictures import new_figure
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INSTALL = "pip install 'upcycled-moe[plots]'"
 # Lines of more layers than so many are told apart by a scale of colours.
 MAX_LEGEND = 8
 # Colours go so far: one expert that gets far more must not make all others look balanced.
 MAX_RELATIVE_LOAD = 4.0
-
-
-def can_draw() -> bool:
-    """Return whether Matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw_loads(
@@ -47,7 +39,7 @@ def draw_loads(
     from matplotlib.colors import TwoSlopeNorm
 
     relative = np.array(loads, dtype=float) * len(loads[0])  # [L, E], 1 if balanced
-    figure = _new_figure(height=2.6 + min(max(0.16 * len(layers), 2.2), 9.0))
+    figure = new_figure(height=2.6 + min(max(0.16 * len(layers), 2.2), 9.0))
     top, bottom = figure.subplots(2, 1, height_ratios=[max(0.16 * len(layers), 2.2), 2.2])
 
     colors = colormaps["coolwarm"].with_extremes(bad="black")
@@ -80,36 +72,11 @@ def draw_loads(
 
 def draw_saturation(layers: Sequence[int], steps: Sequence[int], saturations: Sequence[Sequence[float]]) -> "Figure":
     """Return a picture of the shares [N, L] of the final selections that were made at each probe already."""
-    figure = _new_figure(height=3.6)
+    figure = new_figure(height=3.6)
     axes = figure.subplots()
     _draw_lines(figure, axes, layers, steps, saturations)
     axes.set_title("Router saturation: share of the final selections made already", loc="left")
     axes.set(xlabel="optimizer steps", ylabel="saturation", ylim=(0, 1.02))
-    return figure
-
-
-def save_png(figure: "Figure", path: Path) -> None:
-    """Write `figure` to `path` at once.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png")
-
-
-def pixels(figure: "Figure") -> np.ndarray:
-    """Return `figure` as red, green and blue [height, width, 3], as it was saved last."""
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
-
-
-def _new_figure(height: float) -> "Figure":
-    # Without pyplot, which keeps figures and chooses a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.0, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     return figure
 
 

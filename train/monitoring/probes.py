@@ -15,8 +15,9 @@ from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ...common.blocks import collate_blocks
 from ...common.files import replacing
-from ..data.blocks import collate_blocks
+from ...common.routing import selection_overlap
 
 
 PROBE_FOLDER = "router_probes"
@@ -24,23 +25,6 @@ SATURATION_FILE = "router_saturation.json"
 TEXT_FILE = "text.safetensors"
 # What a block says: its tokens and, where documents do not see each other, where they begin.
 TEXT_KEYS = ("input_ids", "position_ids")
-
-
-def selection_overlap(first: torch.Tensor, second: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Return the mean share [L] of a token's experts that two selections [L, T, K] have in common; E is an empty slot.
-
-    The share is of its experts in the selection that gives it more; the order does not count.
-    """
-    return torch.stack([_layer_overlap(*pair, num_experts) for pair in zip(first, second, strict=True)])
-
-
-def _layer_overlap(first: torch.Tensor, second: torch.Tensor, num_experts: int) -> torch.Tensor:
-    is_filled = first < num_experts  # [T, K]
-    # An expert is in no two slots of a token.
-    common = (is_filled[:, :, None] & (first[:, :, None] == second[:, None, :])).sum(dim=(1, 2))
-    largest = torch.maximum(is_filled.sum(dim=1), (second < num_experts).sum(dim=1))
-    # Tokens that both leave without an expert agree.
-    return torch.where(largest > 0, common / largest.clamp(min=1), 1.0).mean()
 
 
 def probe_text(blocks: Iterable[Mapping[str, Sequence[int]]], num_tokens: int) -> dict[str, torch.Tensor]:

@@ -10,9 +10,11 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
+from ...common.pictures import INSTALL, can_draw, pixels, save_png
+from ...common.routing import selection_overlap
 from ...common.routing_log import ROUTING_LOG_FILE, append_routing, cut_routing, read_routing
 from .collapse import CollapseWatch
-from .pictures import INSTALL, can_draw, draw_loads, draw_saturation, pixels, save_png
+from .pictures import draw_loads, draw_saturation
 from .probes import (
     SATURATION_FILE,
     TEXT_KEYS,
@@ -20,7 +22,6 @@ from .probes import (
     probe_text,
     saturation,
     select_experts,
-    selection_overlap,
     write_saturation,
 )
 

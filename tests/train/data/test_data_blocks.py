@@ -17,16 +17,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from modeling_upcycled_moe import UpcycledQwenMoeConfig, UpcycledQwenMoeForCausalLM
 from modeling_upcycled_moe.losses_upcycled_moe import router_losses
-from upcycled_moe.common.packing import BlockPacker
-from upcycled_moe.common.settings import SettingsError
-from upcycled_moe.common.text import TextSource, TextStream, open_text, pack_blocks
-from upcycled_moe.train.data.blocks import (
+from upcycled_moe.common.blocks import (
     blocks_by_domain,
-    choose_collator,
     collate_blocks,
     collate_blocks_for_flash_attention,
     count_targets,
 )
+from upcycled_moe.common.packing import BlockPacker
+from upcycled_moe.common.settings import SettingsError
+from upcycled_moe.common.text import TextSource, TextStream, open_text, pack_blocks
+from upcycled_moe.train.data.blocks import choose_collator
 
 
 SLIDING = {

@@ -13,10 +13,11 @@ from training_runs import command_line
 from transformers import AutoConfig
 
 from upcycled_moe.common.flops import training_flops_per_token
+from upcycled_moe.common.routing import selection_overlap
 from upcycled_moe.common.routing_log import read_routing
 from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.train.arguments import parse_arguments
-from upcycled_moe.train.monitoring.probes import PROBE_FOLDER, ProbeFolder, selection_overlap
+from upcycled_moe.train.monitoring.probes import PROBE_FOLDER, ProbeFolder
 from upcycled_moe.train.train import main
 from upcycled_moe.train.trainer import UpcyclingTrainer
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
-from upcycled_moe.train.monitoring.pictures import draw_loads, draw_saturation, pixels, save_png
+from upcycled_moe.common.pictures import pixels, save_png
+from upcycled_moe.train.monitoring.pictures import draw_loads, draw_saturation
 from upcycled_moe.train.monitoring.routing_view import RoutingView
 
 

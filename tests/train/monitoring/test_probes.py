@@ -5,14 +5,14 @@ import torch
 from training_runs import SHAPE
 
 from modeling_upcycled_moe import UpcycledQwenMoeConfig, UpcycledQwenMoeForCausalLM
+from upcycled_moe.common.blocks import collate_blocks
 from upcycled_moe.common.packing import BlockPacker
-from upcycled_moe.train.data.blocks import collate_blocks
+from upcycled_moe.common.routing import selection_overlap
 from upcycled_moe.train.monitoring.probes import (
     ProbeFolder,
     probe_text,
     saturation,
     select_experts,
-    selection_overlap,
 )
 
 

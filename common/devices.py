@@ -1,6 +1,11 @@
-"""Telling a full memory from other failures."""
+"""Where to compute, and telling a full memory from other failures."""
 
 import torch
+
+
+def best_device() -> torch.device:
+    """Return the accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

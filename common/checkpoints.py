@@ -1,0 +1,123 @@
+"""Loading finished checkpoints to look at them: a folder or a Hub id, with the code that it brings, if any."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from .devices import is_out_of_memory
+from .settings import SettingsError
+
+
+def check_code(model: str, *, trust_remote_code: bool, revision: str | None = None) -> None:
+    """Check that loading `model` runs no code that is downloaded, or that this is trusted.
+
+    The code in a local folder runs without leave: whoever gave the folder can read it.
+
+    Raises:
+        SettingsError: if it would, or the configuration cannot be read.
+    """
+    check_exists(model)
+    if trust_remote_code:
+        return
+    way_out = "give trust_remote_code (--trust-remote-code) if you trust it"
+    names = [str(name) for name in _auto_map(model, revision).values()]
+    if names and not Path(model).is_dir():
+        raise SettingsError(f"{model}: this Hub checkpoint runs code that it brings; {way_out}.")
+    if foreign := [name for name in names if "--" in name]:
+        raise SettingsError(
+            f"{Path(model) / 'config.json'}: names code of another repository ({foreign[0]}); {way_out}."
+        )
+
+
+def load_config(model: str, *, own_code: bool = True, revision: str | None = None) -> PreTrainedConfig:
+    """Return the configuration of `model`, by the code beside its weights if it brings some and `own_code`.
+
+    Raises:
+        SettingsError: if it cannot be loaded.
+    """
+    if Path(model).is_dir() and not (Path(model) / "config.json").exists():
+        raise SettingsError(f"{model}: there is no config.json; give the folder of a finished checkpoint.")
+    with _loading(model):
+        auto_class = _auto_class("AutoConfig", model, own_code, revision)
+        return auto_class.from_pretrained(model, revision=revision or "main")
+
+
+def load_model(
+    model: str,
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype | str,
+    device: torch.device | str,
+    own_code: bool = True,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Return `model`, a language model or a sequence classifier, in evaluation mode on `device`.
+
+    Raises:
+        SettingsError: if it cannot be loaded.
+    """
+    is_classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification")
+    auto_name = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
+    with _loading(model):
+        auto_class = _auto_class(auto_name, model, own_code, revision)
+        loaded = auto_class.from_pretrained(model, config=config, dtype=dtype, revision=revision or "main")
+        return loaded.eval().to(device)
+
+
+def load_tokenizer(model: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of `model`; it runs no code that the checkpoint brings.
+
+    Raises:
+        SettingsError: if there is none.
+    """
+    with _loading(model):
+        return transformers.AutoTokenizer.from_pretrained(model, revision=revision or "main")
+
+
+def check_exists(model: str) -> None:
+    """Check that `model` is a folder, unless it looks like a Hub id.
+
+    Raises:
+        SettingsError: if it is neither.
+    """
+    if not Path(model).is_dir() and not re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]+)?", model):
+        raise SettingsError(f"{model}: no such folder, and not a Hub id like org/name.")
+
+
+def _auto_map(model: str, revision: str | None) -> dict[str, str]:
+    with _loading(model):
+        return _config_dict(model, revision).get("auto_map") or {}
+
+
+def _config_dict(model: str, revision: str | None) -> dict[str, Any]:
+    return PreTrainedConfig.get_config_dict(model, revision=revision or "main")[0]
+
+
+def _auto_class(name: str, model: str, own_code: bool, revision: str | None) -> type:
+    """Return the class that loads `model`: from the code beside its weights, or the Auto class `name`.
+
+    The Auto classes themselves prefer a class that this process has registered over that code.
+    """
+    auto_map = _config_dict(model, revision).get("auto_map", {}) if own_code else {}
+    if name not in auto_map:
+        return getattr(transformers, name)
+    return get_class_from_dynamic_module(auto_map[name], model, revision=revision or "main")
+
+
+@contextmanager
+def _loading(model: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise SettingsError(f"{model}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
