@@ -1,0 +1,136 @@
+"""The MoE layers of a model, ours or one of Transformers' own, and what they do with the tokens of a batch.
+
+Dimensions: B blocks, S their length, T = B * S tokens, H hidden size, E experts to choose from, C of them with weights
+of their own, K slots of a token.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modeling_upcycled_moe.selection_upcycled_moe import routing_log_probabilities
+
+from ..common.settings import SettingsError
+
+
+@dataclass(frozen=True, eq=False)
+class MoeLayer:
+    """A router and its experts.
+
+    Args:
+        index: of the decoder layer in the model.
+        gate: the router; it returns router logits [T, E], weights [T, K] and selected experts [T, K].
+        experts: the experts with weights, fused: `gate_up_proj` [C, 2I, H] and `down_proj` [C, H, I].
+        config: of the model.
+    """
+
+    index: int
+    gate: nn.Module
+    experts: nn.Module
+    config: object
+
+    @property
+    def num_experts(self) -> int:
+        """E; the last of them may be experts without computation."""
+        return getattr(self.config, "num_routed_experts", self.num_computed_experts)
+
+    @property
+    def num_computed_experts(self) -> int:
+        """C."""
+        return self.experts.gate_up_proj.shape[0]
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """Experts of a token as the configuration says; a selection may leave slots empty, or have more of them."""
+        return self.config.num_experts_per_tok
+
+    def log_probabilities(self, router_logits: torch.Tensor) -> torch.Tensor:
+        """Return the logarithms [T, E] of the router's scores, scaled to sum to one."""
+        if hasattr(self.config, "router_score_function"):
+            return routing_log_probabilities(router_logits, self.config)
+        return F.log_softmax(router_logits, dim=-1, dtype=torch.float)
+
+    def expert_outputs(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the output [T, H] of each expert with weights for all `tokens` [T, H], by the model's own code."""
+        weight = tokens.new_ones(len(tokens), 1)
+        for expert in range(self.num_computed_experts):
+            index = torch.full((len(tokens), 1), expert, device=tokens.device)
+            yield self.experts(tokens, index, weight)
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedTokens:
+    """What one MoE layer did with a batch of blocks of one domain.
+
+    Args:
+        domain: number of the domain that all tokens belong to.
+        input_ids: [B, S].
+        position_ids: [B, S]; they begin anew with each document.
+        hidden_states: input of router and experts [T, H].
+        router_logits: [T, E].
+        log_probabilities: logarithms of the scores, which sum to one [T, E].
+        weights: what the outputs of the selected experts are multiplied with [T, K]; 0 in an empty slot.
+        selected: the experts [T, K]; E in an empty slot.
+    """
+
+    domain: int
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    hidden_states: torch.Tensor
+    router_logits: torch.Tensor
+    log_probabilities: torch.Tensor
+    weights: torch.Tensor
+    selected: torch.Tensor
+
+
+def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
+    """Return the MoE layers of `model` in their order.
+
+    Known are the blocks of the upcycled models and of Transformers' Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE, and any
+    built like them: a module with a router `gate`, and fused `experts`.
+
+    Raises:
+        SettingsError: if there is none.
+    """
+    layers = []
+    for name, module in model.named_modules():
+        experts = getattr(module, "experts", None)
+        is_fused = isinstance(experts, nn.Module) and hasattr(experts, "gate_up_proj")
+        if is_fused and isinstance(getattr(module, "gate", None), nn.Module):
+            index = re.search(r"layers\.(\d+)\.", f"{name}.")
+            layers.append(MoeLayer(int(index[1]) if index else len(layers), module.gate, experts, model.config))
+    if not layers:
+        raise SettingsError(
+            f"a {model.config.model_type} model has no MoE layer that can be looked into; give an upcycled one, or "
+            "mixtral, qwen2_moe, qwen3_moe or olmoe."
+        )
+    return layers
+
+
+@contextmanager
+def observed(
+    layers: list[MoeLayer], observe: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+) -> Iterator[None]:
+    """Call `observe(number, hidden_states, router_logits, weights, selected)` at each forward pass of each router.
+
+    At once, while the model runs, so that nothing need be kept for all layers. `number` counts the MoE layers from 0.
+    """
+
+    def hook(number: int) -> Callable:
+        def call(_, inputs, outputs):
+            hidden_states = inputs[0].reshape(-1, inputs[0].shape[-1])
+            observe(number, hidden_states, *outputs)
+
+        return call
+
+    handles = [layer.gate.register_forward_hook(hook(number)) for number, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

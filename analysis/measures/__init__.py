@@ -1,0 +1,1 @@
+"""The measures of an analysis, in the order of the report."""

@@ -1,0 +1,51 @@
+"""What a measure is: sums over routed tokens, from which figures follow."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..layers import MoeLayer, RoutedTokens
+from ..results import Figure, MeasureResult
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is measured.
+
+    Args:
+        layers: MoE layers of the checkpoint.
+        domains: names of the domains, which the tokens name by number.
+        device: of the model; sums may stay there.
+    """
+
+    layers: Sequence[MoeLayer]
+    domains: Sequence[str]
+    device: torch.device
+
+    @property
+    def num_experts(self) -> int:
+        """E, the same in all layers."""
+        return self.layers[0].num_experts
+
+
+class Measure:
+    """Follows the tokens of all MoE layers; its memory does not grow with their number.
+
+    Attributes:
+        name: its key in the report.
+        figures: those of `MeasureResult.per_layer`, with their definitions.
+    """
+
+    name: str
+    figures: tuple[Figure, ...] = ()
+
+    def __init__(self, subject: Subject):
+        self.subject = subject
+
+    def update(self, number: int, tokens: RoutedTokens) -> None:
+        """Add what MoE layer `number`, counted from 0, did with a batch; the default looks at no token."""
+
+    def result(self) -> MeasureResult:
+        """Return the figures of all tokens so far."""
+        raise NotImplementedError

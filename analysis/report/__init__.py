@@ -1,0 +1,1 @@
+"""The report of an analysis: a page, pictures, and figures for machines."""

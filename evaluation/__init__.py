@@ -1,0 +1,1 @@
+"""What a model is worth: benchmark tasks, and perplexity by domain."""
