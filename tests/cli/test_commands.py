@@ -29,8 +29,7 @@ def calibration(text_file):
 @pytest.fixture(scope="module")
 def converted(dense, tmp_path_factory):
     """A conversion that no test writes into."""
-    from upcycled_moe.common import checkpoints
-from upcycled_moe.conversion.convert import convert
+    from upcycled_moe.conversion.convert import convert
     from upcycled_moe.conversion.recipe import ConversionRecipe
     from upcycled_moe.conversion.source import open_source
 
@@ -399,7 +398,7 @@ def test_verify_of_what_cannot_be_loaded(upcycled_moe, dense, tmp_path):
 
 def test_verify_runs_no_downloaded_code_unasked(upcycled_moe, dense, monkeypatch):
     config = {"model_type": "upcycled_qwen_moe", "auto_map": {"AutoConfig": "configuration.Config"}}
-    monkeypatch.setattr(checkpoints, "_config_dict", lambda model, revision: config)
+    monkeypatch.setattr("upcycled_moe.common.checkpoints._config_dict", lambda model, revision: config)
     status, out, err = upcycled_moe("verify", dense, "org/model")
     assert (status, out) == (2, "")
     assert err == (
