@@ -33,7 +33,14 @@ def test_a_checkpoint_runs_the_code_beside_it(ours):
 def test_a_stock_checkpoint_needs_none(tmp_path, make_tokens):
     torch.manual_seed(0)
     expected = Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_experts=4)
+        Qwen3MoeConfig(
+            vocab_size=128,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            num_experts=4,
+        )
     )
     expected.eval().save_pretrained(tmp_path / "stock")
     check_code(str(tmp_path / "stock"), trust_remote_code=False)
