@@ -89,13 +89,13 @@ def write_dense(folder: Path) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from upcycled_moe.demo.parent import train_tokenizer
+    from upcycled_moe.common.tokenizers import train_tokenizer
+    from upcycled_moe.demo.parent import VOCAB_SIZE, texts_of
 
     torch.manual_seed(0)
     Qwen3ForCausalLM(Qwen3Config(**QWEN2_0_5B)).to(torch.bfloat16).save_pretrained(folder)
-    train_tokenizer(sorted(Path(str(files("upcycled_moe.demo")), "text").glob("*_train.jsonl"))).save_pretrained(
-        folder
-    )
+    text_files = sorted(Path(str(files("upcycled_moe.demo")), "text").glob("*_train.jsonl"))
+    train_tokenizer(texts_of(text_files), VOCAB_SIZE).save_pretrained(folder)
 
 
 def weights_bytes(folder: Path) -> int:

@@ -1,12 +1,11 @@
 """The demo's dense parent: a small Qwen2 with random weights and a tokenizer trained on the demo's text."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
 VOCAB_SIZE = 2048
-END_OF_TEXT = "<|endoftext|>"
 
 
 def write_parent(folder: Path, text_files: Sequence[Path], seed: int = 0) -> None:
@@ -15,8 +14,10 @@ def write_parent(folder: Path, text_files: Sequence[Path], seed: int = 0) -> Non
     from transformers import Qwen2Config, Qwen2ForCausalLM, set_seed
     from transformers.utils import logging
 
+    from ..common.tokenizers import train_tokenizer
+
     logging.disable_progress_bar()
-    tokenizer = train_tokenizer(text_files)
+    tokenizer = train_tokenizer(texts_of(text_files), VOCAB_SIZE)
     config = Qwen2Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=256,
@@ -36,20 +37,8 @@ def write_parent(folder: Path, text_files: Sequence[Path], seed: int = 0) -> Non
     tokenizer.save_pretrained(folder)
 
 
-def train_tokenizer(text_files: Sequence[Path]):
-    """Return a byte-level BPE tokenizer, Qwen's kind, trained on `text_files` (jsonl with a column `text`)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    rows = (json.loads(line)["text"] for path in text_files for line in path.read_text("utf-8").splitlines())
-    tokenizer.train_from_iterator(rows, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+def texts_of(files: Sequence[Path]) -> Iterator[str]:
+    """Yield the texts of `files` (jsonl with a column `text`)."""
+    for path in files:
+        for line in path.read_text("utf-8").splitlines():
+            yield json.loads(line)["text"]

@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from upcycled_moe.common.tokenizers import train_tokenizer
 
 
 SHAPE = {
@@ -50,17 +50,7 @@ def sample_text(num_words: int = 12000, seed: int = 0) -> str:
 @cache
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer, as Qwen's is, trained on the sample text."""
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=SHAPE["vocab_size"],
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([sample_text()], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    return train_tokenizer([sample_text()], SHAPE["vocab_size"])
 
 
 def write_dense(

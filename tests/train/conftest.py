@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from training_runs import SHAPE, TEXT
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from modeling_upcycled_moe import UpcycledQwenMoeConfig, UpcycledQwenMoeForCausalLM
 from upcycled_moe.common.text import open_text
+from upcycled_moe.common.tokenizers import train_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -26,20 +26,8 @@ def train_files(text_folder):
 @pytest.fixture(scope="session")
 def tokenizer(train_files):
     """Byte-level BPE as Qwen's, whose end-of-text token pads too."""
-    byte_pair_encoding = Tokenizer(models.BPE())
-    byte_pair_encoding.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    byte_pair_encoding.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=SHAPE["vocab_size"],
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
     texts = (document["text"] for _, document in zip(range(20), open_text(train_files), strict=False))
-    byte_pair_encoding.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=byte_pair_encoding, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
-    )
+    return train_tokenizer(texts, SHAPE["vocab_size"])
 
 
 @pytest.fixture(scope="session")
