@@ -40,6 +40,7 @@ def test_a_stock_checkpoint_needs_none(tmp_path, make_tokens):
             num_attention_heads=4,
             num_key_value_heads=4,
             num_experts=4,
+            num_experts_per_tok=2,
         )
     )
     expected.eval().save_pretrained(tmp_path / "stock")
