@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .numbers import format_bytes
+from .provenance import PROVENANCE_FILE
 from .settings import SettingsError
 
 
@@ -24,7 +25,7 @@ class FolderKind:
     files: tuple[str, ...]
 
 
-CHECKPOINT = FolderKind("checkpoint", ("config.json", "upcycling.json"))
+CHECKPOINT = FolderKind("checkpoint", ("config.json", PROVENANCE_FILE))
 
 
 class OutputError(SettingsError):

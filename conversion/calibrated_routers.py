@@ -1,12 +1,11 @@
 """Routers that start from, or are tried on, calibration text."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from modeling_upcycled_moe import ROUTERS
 
 from ..common.devices import best_device
+from ..common.progress import Progress
 from ..common.routing import router_metrics
 from .calibration import LayerActivations, calibrate, calibration_blocks
 from .heads import coinciding_keys
@@ -16,12 +15,8 @@ from .routers import RouterContent, load_content, one_for_all_slices, router_con
 from .source import DTYPES
 
 
-if TYPE_CHECKING:
-    from .convert import Progress
-
-
 def calibrated_routers(
-    plan: ConversionPlan, progress: "Progress"
+    plan: ConversionPlan, progress: Progress
 ) -> tuple[dict[str, RouterContent], list[RouterReport]]:
     """Return the content of every router tensor by name, and what each router does on the calibration text."""
     recipe, layers = plan.recipe, plan.config.moe_layers
@@ -87,7 +82,7 @@ def _routed(
     return torch.cat([logits for logits, _, _ in routed]), torch.cat([selected for _, _, selected in routed])
 
 
-def _warn_of_degenerate_routers(plan: ConversionPlan, reports: list[RouterReport], progress: "Progress") -> None:
+def _warn_of_degenerate_routers(plan: ConversionPlan, reports: list[RouterReport], progress: Progress) -> None:
     coinciding = [report for report in reports if report.coinciding_keys]
     if coinciding:
         is_grouped_query = plan.config.num_key_value_heads < plan.config.num_attention_heads

@@ -1,9 +1,7 @@
 """The conversion: a dense Qwen checkpoint goes in, a Mixture-of-Experts checkpoint comes out."""
 
 import hashlib
-import importlib.metadata
 import json
-import platform
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common.output_folder import staged
+from ..common.progress import Progress
+from ..common.provenance import PROVENANCE_FILE, installed_versions
 from .card import write_card
 from .plan import ConversionPlan, build_plan
 from .recipe import ConversionRecipe
@@ -23,21 +23,7 @@ from .source import COMPANION_FILES, COMPANION_FOLDERS, DenseSource
 from .writer import BUFFER_BYTES, check_output, write_text, write_weights
 
 
-PROVENANCE_FILE = "upcycling.json"
 PROVENANCE_FORMAT = 1
-PACKAGES = ("upcycled-moe", "torch", "transformers", "safetensors", "datasets")
-
-
-class Progress:
-    """What a conversion tells while it runs; this one keeps silent."""
-
-    @contextmanager
-    def task(self, description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        """Give a function to call with each advance towards `total`; `unit` is `bytes` or `layers`."""
-        yield lambda advance: None
-
-    def warn(self, message: str) -> None:
-        """Tell of something that someone should act on."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +147,5 @@ def _provenance(
         "total_parameters": plan.total_parameters,
         "active_parameters": plan.active_parameters,
         "routers": None if reports is None else [report.to_dict() for report in reports],
-        "versions": {"python": platform.python_version()}
-        | {package: importlib.metadata.version(package) for package in PACKAGES},
+        "versions": installed_versions(),
     }

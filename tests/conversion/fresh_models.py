@@ -2,7 +2,7 @@
 
 from transformers import AutoModelForCausalLM
 
-from upcycled_moe.conversion.convert import Progress
+from upcycled_moe.common.progress import Progress
 
 
 # Largest |Δlogit| in float32 for logits of order one.

@@ -13,9 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_upcycled_moe import UpcycledQwenMoeConfig
 from upcycled_moe.cli.main import main
+from upcycled_moe.common.progress import Progress
 from upcycled_moe.conversion import convert as convert_module
 from upcycled_moe.conversion import writer
-from upcycled_moe.conversion.convert import Progress, convert
+from upcycled_moe.conversion.convert import convert
 from upcycled_moe.conversion.plan import build_plan
 from upcycled_moe.conversion.source import open_source
 
