@@ -20,14 +20,14 @@ from rich.table import Table
 
 
 class ConsoleProgress:
-    """Progress of a conversion on stderr; bars only on a terminal."""
+    """Progress on stderr; bars only on a terminal."""
 
     def __init__(self) -> None:
         self.console = Console(file=sys.stderr, highlight=False)
 
     @contextmanager
     def task(self, description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        """Show a bar for `total` bytes or layers; see `upcycled_moe.conversion.convert.Progress`."""
+        """Show a bar; see `upcycled_moe.common.progress.Progress`."""
         columns = [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]
         with Progress(
             TextColumn("{task.description}"),

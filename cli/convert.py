@@ -7,13 +7,22 @@ from typing import TYPE_CHECKING
 
 from ..common.settings import SettingsError
 from .plan import print_plan
-from .recipe_options import add_places, add_recipe_options, find_recipe, open_model, recipe_from
+from .recipe_options import (
+    CALIBRATION_MEMORY_ADVICE,
+    add_places,
+    add_recipe_options,
+    find_recipe,
+    open_model,
+    recipe_from,
+)
 from .verify import print_verification
 
 
 if TYPE_CHECKING:
     from ..conversion.convert import ConversionResult
     from ..conversion.plan import ConversionPlan
+
+MEMORY_ADVICE = CALIBRATION_MEMORY_ADVICE
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:

@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         subparser = command.add_parser(commands)
         subparser.allow_abbrev = False
-        subparser.set_defaults(run=command.run, parser=subparser)
+        subparser.set_defaults(run=command.run, parser=subparser, memory_advice=command.MEMORY_ADVICE)
     return parser
 
 
@@ -94,12 +94,9 @@ def _run(options: argparse.Namespace) -> int:
         if not is_out_of_memory(error):
             raise
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        advice = (
-            "lower --sequence-length or --dtype"
-            if options.command == "verify"
-            else ("lower --calibration-batch-size or --calibration-tokens")
+        return _fail(
+            f"out of memory ({reason}); {options.memory_advice}, or set CUDA_VISIBLE_DEVICES= to run on the CPU.", 1
         )
-        return _fail(f"out of memory ({reason}); {advice}, or set CUDA_VISIBLE_DEVICES= to run on the CPU.", 1)
     except KeyboardInterrupt:
         return _fail("interrupted.", 130)
 

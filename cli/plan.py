@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common.settings import SettingsError
-from .recipe_options import add_places, add_recipe_options, open_model, recipe_from
+from .recipe_options import CALIBRATION_MEMORY_ADVICE, add_places, add_recipe_options, open_model, recipe_from
 
 
 if TYPE_CHECKING:
     from ..conversion.plan import ConversionPlan
 
+MEMORY_ADVICE = CALIBRATION_MEMORY_ADVICE
 TRAINING_OPTIONS = ("accelerate", "num_processes", "gpu", "gpu_memory", "mfu")
 
 

@@ -14,6 +14,7 @@ from ..conversion.recipe import ConversionRecipe, allowed_types, build_recipe, p
 if TYPE_CHECKING:
     from ..conversion.source import DenseSource
 
+CALIBRATION_MEMORY_ADVICE = "lower --calibration-batch-size or --calibration-tokens"
 # The sections of `--help` by the setting that each begins with, in the order of the recipe.
 SECTIONS = {
     "model": "the dense checkpoint",

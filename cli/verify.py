@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..conversion.verify import VerifyReport
 
+MEMORY_ADVICE = "lower --sequence-length or --dtype"
+
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the command to `commands`."""
