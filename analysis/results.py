@@ -61,6 +61,7 @@ class CheckpointResult:
         tokenizer: digest; checkpoints with the same one saw the same tokens.
         num_tokens: tokens of each domain that it saw.
         measures: by the measure's name.
+        parent: dense checkpoint that its experts are compared with.
     """
 
     name: str
@@ -72,6 +73,7 @@ class CheckpointResult:
     tokenizer: str
     num_tokens: dict[str, int]
     measures: dict[str, MeasureResult] = field(default_factory=dict)
+    parent: str | None = None
 
 
 @dataclass

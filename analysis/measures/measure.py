@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..layers import MoeLayer, RoutedTokens
 from ..results import Figure, MeasureResult
@@ -17,11 +18,15 @@ class Subject:
         layers: MoE layers of the checkpoint.
         domains: names of the domains, which the tokens name by number.
         device: of the model; sums may stay there.
+        tokenizer: of the checkpoint, to write tokens as text.
+        parent: dense checkpoint that the experts were copied from, a folder or Hub id, where it is known.
     """
 
     layers: Sequence[MoeLayer]
     domains: Sequence[str]
     device: torch.device
+    tokenizer: PreTrainedTokenizerBase | None = None
+    parent: str | None = None
 
     @property
     def num_experts(self) -> int:
