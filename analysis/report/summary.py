@@ -1,0 +1,60 @@
+"""The figures of a report in one table: means over the layers, a column a checkpoint."""
+
+import math
+from dataclasses import dataclass
+
+from ..measures import MEASURES
+from ..results import AnalysisReport, Figure, MeasureResult
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """A figure and its means.
+
+    Args:
+        measure: the measure that it belongs to.
+        figure: with its definition; only the name is known of one that no measure of this version has.
+        values: mean over the layers that have one, by checkpoint; None where none has.
+    """
+
+    measure: str
+    figure: Figure
+    values: list[float | None]
+
+    @property
+    def name(self) -> str:
+        """What tells the row from all others, e.g. `routing.entropy`."""
+        return f"{self.measure}.{self.figure.name}"
+
+
+def summary(report: AnalysisReport) -> list[SummaryRow]:
+    """Return a row for each figure that any of the checkpoints has, in the order of the measures."""
+    rows = []
+    for measure, figure in _figures(report):
+        results = [checkpoint.measures.get(measure) for checkpoint in report.checkpoints]
+        rows.append(SummaryRow(measure, figure, [_mean(result, figure.name) for result in results]))
+    return rows
+
+
+def undefined_figure(name: str) -> Figure:
+    """Return a figure of which only the name is known."""
+    return Figure(name=name, title=name.replace("_", " ").capitalize(), formula="", meaning="", source="")
+
+
+def _figures(report: AnalysisReport) -> list[tuple[str, Figure]]:
+    found = {
+        (measure, name): None
+        for checkpoint in report.checkpoints
+        for measure, result in checkpoint.measures.items()
+        for name in result.per_layer
+    }
+    defined = {(measure.name, figure.name): figure for measure in MEASURES for figure in measure.figures}
+    order = [*(key for key in defined if key in found), *(key for key in found if key not in defined)]
+    return [(measure, defined.get((measure, name)) or undefined_figure(name)) for measure, name in order]
+
+
+def _mean(result: MeasureResult | None, figure: str) -> float | None:
+    """Return the mean over the layers that have a number; an activation that overflowed leaves none."""
+    values = result.per_layer.get(figure, []) if result else []
+    numbers = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(numbers) / len(numbers) if numbers else None
