@@ -20,6 +20,8 @@ from .settings import SettingsError
 LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text"}
 COMPRESSIONS = (".gz", ".zst")
 SPLITS = ("train", "validation", "test")
+# Where documents say their domain, if nothing else is asked for.
+DOMAIN_COLUMN = "domain"
 DOCUMENT_FEATURES = Features({"text": Value("string"), "domain": Value("string")})
 
 # Names of files and datasets that a description holds; its digest is over all.
@@ -131,16 +133,21 @@ def _replaced(items: list, index: int, item: Any) -> list:
     return [*items[:index], item, *items[index + 1 :]]
 
 
-def open_text(sources: Sequence[str], split: str = "train", text_column: str = "text") -> TextStream:
+def open_text(
+    sources: Sequence[str], split: str = "train", text_column: str = "text", domain_column: str | None = None
+) -> TextStream:
     """Return the documents of all sources, streamed, with `text` and `domain`.
 
     Args:
         sources: Files (parquet, jsonl or json, txt with one document a file), folders, globs, and Hub datasets
             `org/name` or `org/name:config`.
-        split: Split of a Hub dataset. In a folder, files named `*_train`, `*_validation` or `*_test` belong to that
-            split, others to `train`; a file or glob is taken as it is.
-        text_column: Column that holds the text. The domain is the column `domain` where there is one, else the name
-            of the file without its split, or of the dataset.
+        split: Split of a Hub dataset. In a folder, files named `train`, `validation` or `test`, or `*_train` and so
+            on, or in a sub-folder of that name, belong to that split, others to `train`; a file or glob is taken as it
+            is.
+        text_column: Column that holds the text.
+        domain_column: Column that holds the domain, which all sources must have; by default `domain`, which they may
+            have. Without it the domain is the sub-folder that a file lies in, in a folder that has sub-folders, else
+            the name of the file without its split, or of the dataset.
 
     Raises:
         SettingsError: if a source is missing, of an unknown kind, empty, or has no such column.
@@ -150,24 +157,26 @@ def open_text(sources: Sequence[str], split: str = "train", text_column: str = "
     opened = []
     for source in sources:
         if files := find_files(source, split):
-            opened += [_open_file(file, text_column) for file in files]
+            opened += [_open_file(file, text_column, domain, domain_column) for file, domain in files.items()]
         else:
-            opened.append(_open_hub_dataset(source, split, text_column))
+            opened.append(_open_hub_dataset(source, split, text_column, domain_column))
     return TextStream(opened)
 
 
-def find_files(source: str, split: str = "train") -> list[Path]:
-    """Return the files that `source` names, sorted; none if it looks like a Hub dataset.
+def find_files(source: str, split: str = "train") -> dict[Path, str]:
+    """Return the files that `source` names, sorted, and the domain of each; none if it looks like a Hub dataset.
+
+    The domain is that of the documents that do not say theirs.
 
     Raises:
         SettingsError: if it is neither, or a file is of an unknown kind.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if loader_of(file) and _split_of(file) == split)
+        files = sorted(file for file in path.rglob("*") if loader_of(file) and _split_of(file, path) == split)
         if not files:
             raise SettingsError(f"{source}: no {split} text in this folder; files are {', '.join(LOADERS)}.")
-        return files
+        return {file: _domain_of(file, path) for file in files}
     if path.is_file():
         files = [path]
     elif glob.has_magic(source):
@@ -183,7 +192,7 @@ def find_files(source: str, split: str = "train") -> list[Path]:
     for file in files:
         if loader_of(file) is None:
             raise SettingsError(f"{file}: unknown kind of text file; known are {', '.join(LOADERS)}.")
-    return files
+    return {file: _domain_of(file, file.parent) for file in files}
 
 
 def loader_of(file: Path) -> str | None:
@@ -200,13 +209,20 @@ def _stem(file: Path) -> str:
     return Path(_uncompressed_name(file)).stem
 
 
-def _split_of(file: Path) -> str:
-    return next((split for split in SPLITS if _stem(file).endswith(f"_{split}")), "train")
+def _split_of(file: Path, folder: Path) -> str:
+    name = _stem(file)
+    named = (split for split in SPLITS if name == split or name.endswith(f"_{split}"))
+    return next(named, None) or next((part for part in _sub_folders(file, folder) if part in SPLITS), "train")
 
 
-def domain_of(file: Path) -> str:
-    """Return the domain of a file's documents, if they do not say it: its name without its split."""
-    return re.sub(rf"_({'|'.join(SPLITS)})$", "", _stem(file))
+def _domain_of(file: Path, folder: Path) -> str:
+    """Return the uppermost sub-folder of `folder` that `file` lies in, else its name; both without splits."""
+    sub_folders = [part for part in _sub_folders(file, folder) if part not in SPLITS]
+    return sub_folders[0] if sub_folders else re.sub(rf"_({'|'.join(SPLITS)})$", "", _stem(file))
+
+
+def _sub_folders(file: Path, folder: Path) -> tuple[str, ...]:
+    return file.relative_to(folder).parts[:-1]
 
 
 def how_to_load(file: Path, text_column: str) -> tuple[str, dict[str, str], str]:
@@ -215,12 +231,12 @@ def how_to_load(file: Path, text_column: str) -> tuple[str, dict[str, str], str]
     return (loader, {"sample_by": "document"}, "text") if loader == "text" else (loader, {}, text_column)
 
 
-def _open_file(file: Path, text_column: str) -> TextSource:
+def _open_file(file: Path, text_column: str, domain: str, domain_column: str | None) -> TextSource:
     loader, options, column = how_to_load(file, text_column)
     try:
         rows = load_dataset(loader, data_files=str(file), split="train", streaming=True, **options)
         identity = (file.name, file.stat().st_size, column)
-        return _as_source(rows, str(file), column, domain_of(file), identity)
+        return _as_source(rows, str(file), column, domain, domain_column, identity)
     except SettingsError:
         raise
     # The loaders raise whatever the parser of the format raises.
@@ -228,11 +244,12 @@ def _open_file(file: Path, text_column: str) -> TextSource:
         raise SettingsError(f"{file}: not a readable {loader} file ({first_line(error)}).") from error
 
 
-def _open_hub_dataset(source: str, split: str, text_column: str) -> TextSource:
+def _open_hub_dataset(source: str, split: str, text_column: str, domain_column: str | None) -> TextSource:
     name, _, config = source.partition(":")
     try:
         rows = load_dataset(name, config or None, split=split, streaming=True)
-        return _as_source(rows, source, text_column, name.split("/")[-1], (source, split, text_column))
+        identity = (source, split, text_column)
+        return _as_source(rows, source, text_column, name.split("/")[-1], domain_column, identity)
     except SettingsError:
         raise
     # The Hub client raises errors of many libraries: no such dataset, configuration, split, access or connection.
@@ -248,29 +265,37 @@ def first_line(error: Exception) -> str:
 
 
 def _as_source(
-    rows: IterableDataset, name: str, text_column: str, domain: str, identity: tuple[Any, ...]
+    rows: IterableDataset,
+    name: str,
+    text_column: str,
+    domain: str,
+    domain_column: str | None,
+    identity: tuple[Any, ...],
 ) -> TextSource:
     """Return `rows` as a source with the columns `text` and `domain` only; `domain` is for rows that name none."""
     first = next(iter(rows), None)
-    check_columns(first, name, text_column)
+    check_columns(first, name, text_column, domain_column)
+    column = domain_column or DOMAIN_COLUMN
 
     def to_document(row: dict[str, Any]) -> dict[str, str]:
-        return {"text": row[text_column] or "", "domain": row.get("domain") or domain}
+        said = row.get(column)
+        return {"text": row[text_column] or "", "domain": domain if said in (None, "") else str(said)}
 
     documents = rows.map(to_document, remove_columns=list(first), features=DOCUMENT_FEATURES)
-    return TextSource(name, documents, to_document(first)["domain"], "domain" in first, identity)
+    return TextSource(name, documents, to_document(first)["domain"], column in first, identity)
 
 
-def check_columns(first: dict[str, Any] | None, name: str, text_column: str) -> None:
+def check_columns(first: dict[str, Any] | None, name: str, text_column: str, domain_column: str | None = None) -> None:
     """Check the first row of a source.
 
     Raises:
-        SettingsError: if there is none, or no text in `text_column`.
+        SettingsError: if there is none, no text in `text_column`, or no `domain_column` although one is named.
     """
     if first is None:
         raise SettingsError(f"{name}: there is no text in it.")
-    if text_column not in first:
-        raise SettingsError(f"{name}: no column {text_column!r}; its columns are {', '.join(map(repr, first))}.")
+    for column in (text_column, domain_column):
+        if column is not None and column not in first:
+            raise SettingsError(f"{name}: no column {column!r}; its columns are {', '.join(map(repr, first))}.")
     if not isinstance(first[text_column], str | None):
         raise SettingsError(f"{name}: column {text_column!r} holds {type(first[text_column]).__name__}, not text.")
 

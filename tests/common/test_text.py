@@ -55,6 +55,44 @@ def test_a_folder_gives_the_files_of_one_split(tmp_path):
     assert [document["text"] for document in open_text([str(tmp_path)], "validation")] == ["a_validation"]
 
 
+def test_sub_folders_are_domains(tmp_path):
+    files = {
+        "math/part_1.jsonl": "math",
+        "math/deep/part_2_train.jsonl": "math",
+        "train/code.jsonl": "code",
+        "wiki/train.jsonl": "wiki",
+        "book_train.jsonl": "book",
+        "wiki/validation.jsonl": None,
+        "validation/code.jsonl": None,
+    }
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        _write_jsonl(tmp_path / name, [name])
+
+    found = {document["text"]: document["domain"] for document in open_text([str(tmp_path)])}
+    assert found == {name: domain for name, domain in files.items() if domain}
+    found = {document["text"]: document["domain"] for document in open_text([str(tmp_path)], "validation")}
+    assert found == {"wiki/validation.jsonl": "wiki", "validation/code.jsonl": "code"}
+    assert [one["domain"] for one in open_text([str(tmp_path / "math" / "part_1.jsonl")])] == ["part_1"]
+
+
+def test_a_column_that_is_named_must_be_there(tmp_path):
+    subjects = tmp_path / "subjects.jsonl"
+    rows = [{"text": "x", "subject": "law"}, {"text": "y", "subject": None}, {"text": "z", "subject": ""}]
+    subjects.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    domains = [document["domain"] for document in open_text([str(subjects)], domain_column="subject")]
+    assert domains == ["law", "subjects", "subjects"]
+    other = _write_jsonl(tmp_path / "other.jsonl", ["w"])
+    with pytest.raises(SettingsError, match=r"other.jsonl: no column 'subject'; its columns are 'text'"):
+        open_text([str(subjects), other], domain_column="subject")
+
+
+def test_a_domain_may_be_a_number(tmp_path):
+    file = tmp_path / "labelled.jsonl"
+    file.write_text('{"text": "x", "label": 0}\n{"text": "y", "label": 1}\n')
+    assert [one["domain"] for one in open_text([str(file)], domain_column="label")] == ["0", "1"]
+
+
 def test_txt_is_one_document_and_globs_are_expanded(tmp_path):
     (tmp_path / "one.txt").write_text("first\n\nsecond")
     (tmp_path / "two.txt").write_text("third")

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...common.packing import digest, tokenize, tokenizer_identity
 from ...common.settings import SettingsError
-from ...common.text import check_columns, domain_of, find_files, first_line, how_to_load
+from ...common.text import DOMAIN_COLUMN, check_columns, find_files, first_line, how_to_load
 
 
 TOKEN_FEATURES = Features({"input_ids": List(Value("int32")), "domain": Value("string")})
@@ -113,11 +113,11 @@ def tokenized_text(
         raise SettingsError("No text is given; name files, folders or Hub datasets.")
     tokenized = []
     for source in sources:
-        for file in find_files(source, split) or [None]:
+        for file, domain in (find_files(source, split) or {None: None}).items():
             name = source if file is None else str(file)
             try:
                 with FileLock(_lock_file(name, split)):
-                    tokenized.append(_tokenized(name, file, split, text_column, tokenizer, num_workers))
+                    tokenized.append(_tokenized(name, file, domain, split, text_column, tokenizer, num_workers))
             except SettingsError:
                 raise
             # The loaders raise whatever the parser of the format, the Hub's client or the disk raises, and wrap it.
@@ -140,23 +140,24 @@ def _lock_file(name: str, split: str) -> Path:
 def _tokenized(
     name: str,
     file: Path | None,
+    domain: str | None,
     split: str,
     text_column: str,
     tokenizer: PreTrainedTokenizerBase,
     num_workers: int | None,
 ) -> Dataset:
-    """Return the tokens of one file, or of the dataset `name` on the Hub."""
+    """Return the tokens of one file, of the `domain` that its place says, or of the dataset `name` on the Hub."""
     if file is None:
         dataset, _, config = name.partition(":")
         rows, domain = load_dataset(dataset, config or None, split=split), dataset.split("/")[-1]
     else:
         loader, options, text_column = how_to_load(file, text_column)
-        rows, domain = load_dataset(loader, data_files=str(file), split="train", **options), domain_of(file)
+        rows = load_dataset(loader, data_files=str(file), split="train", **options)
     check_columns(rows[0] if len(rows) else None, name, text_column)
 
     def to_tokens(batch: dict[str, list]) -> dict[str, list]:
         texts = batch[text_column]
-        domains = batch.get("domain", [None] * len(texts))
+        domains = batch.get(DOMAIN_COLUMN, [None] * len(texts))
         return {
             "input_ids": tokenize(tokenizer, [text or "" for text in texts]),
             "domain": [one or domain for one in domains],

@@ -92,6 +92,13 @@ def test_the_tokens_are_those_of_the_stream_and_are_made_once(folder, calls):
     assert again["input_ids"][:] == tokens["input_ids"][:]
 
 
+def test_a_sub_folder_is_the_domain_of_its_files(tmp_path, calls):
+    (tmp_path / "law").mkdir()
+    _write(tmp_path / "law" / "part_1.jsonl", ["a"])
+    _write(tmp_path / "code_train.jsonl", ["b"])
+    assert _tokenized(tmp_path, _Characters(calls))["domain"][:] == ["code", "law"]
+
+
 def test_what_changed_is_tokenized_anew_and_nothing_else(folder, calls):
     _tokenized(folder, _Characters(calls))
     _num_tokenized(calls)
