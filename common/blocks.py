@@ -62,8 +62,12 @@ def blocks_by_domain(
     block_size: int,
     max_blocks: int | None,
     document_mask: bool = False,
+    keep_rest: bool = False,
 ) -> dict[str, list[dict[str, list[int]]]]:
-    """Return the first `max_blocks` blocks of each domain, packed as if it was alone."""
+    """Return the first `max_blocks` blocks of each domain, packed as if it was alone.
+
+    With `keep_rest`, what the text of a domain leaves over is its last block, shorter than the others.
+    """
     packers: dict[str, BlockPacker] = defaultdict(lambda: BlockPacker(block_size, document_mask))
     blocks: dict[str, list[dict[str, list[int]]]] = {}
     texts = deque((source, iter(source.documents)) for source in documents.sources)
@@ -82,4 +86,8 @@ def blocks_by_domain(
         [tokens] = tokenize(tokenizer, [document["text"]])
         num_missing = None if max_blocks is None else max_blocks - len(found)
         found += (block for block, _ in islice(packers[document["domain"]].add(tokens), num_missing))
+    if keep_rest:
+        for name, found in blocks.items():
+            if len(found) != max_blocks and (rest := packers[name].end()) is not None:
+                found.append(rest)
     return blocks

@@ -1,4 +1,4 @@
-"""Checkpoints as several of them are named on a command line: `PATH`, `org/name@revision`, or `NAME=` before either."""
+"""Checkpoints, several of them, as a command line names them: `PATH` or `org/name@revision`, or `NAME=` before it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

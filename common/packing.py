@@ -55,6 +55,16 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, int | N
     return (tokenizer if backend is None else backend.to_str(), tokenizer.eos_token_id)
 
 
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a short text that is the same for tokenizers that make the same tokens of a text."""
+    backend, end = tokenizer_identity(tokenizer)
+    if not isinstance(backend, str):
+        return digest(type(backend).__qualname__.encode(), repr(end).encode())
+    # Whoever calls a tokenizer changes how it truncates and pads, and no call here does either.
+    parts = {name: part for name, part in json.loads(backend).items() if name not in ("truncation", "padding")}
+    return digest(json.dumps(parts, sort_keys=True).encode(), repr(end).encode())
+
+
 def digest(*parts: bytes) -> str:
     """Return a short text that is another one for other `parts`."""
     whole = hashlib.sha256()
@@ -90,12 +100,7 @@ class TokenizedText:
 
     @cached_property
     def _tokenizer_digest(self) -> str:
-        backend, end = tokenizer_identity(self.tokenizer)
-        if not isinstance(backend, str):
-            return digest(type(backend).__qualname__.encode(), repr(end).encode())
-        # Whoever calls a tokenizer changes how it truncates and pads, and no call here does either.
-        parts = {name: part for name, part in json.loads(backend).items() if name not in ("truncation", "padding")}
-        return digest(json.dumps(parts, sort_keys=True).encode(), repr(end).encode())
+        return tokenizer_digest(self.tokenizer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position: where a batch of documents begins, and how many of them were yielded."""
@@ -159,11 +164,18 @@ class BlockPacker:
             self._position_ids.extend(range(len(taken)))
             begin += len(taken)
             if len(self._input_ids) == self.block_size:
-                block = {"input_ids": self._input_ids}
-                if self.document_mask:
-                    block["position_ids"] = self._position_ids
-                self._begin_block()
-                yield block, begin
+                yield self._end_block(), begin
+
+    def end(self) -> dict[str, list[int]] | None:
+        """Return what is left over as a last block, a shorter one; None if nothing is."""
+        return self._end_block() if self._input_ids else None
+
+    def _end_block(self) -> dict[str, list[int]]:
+        block = {"input_ids": self._input_ids}
+        if self.document_mask:
+            block["position_ids"] = self._position_ids
+        self._begin_block()
+        return block
 
 
 class PackedBlocks(torch.utils.data.IterableDataset):
