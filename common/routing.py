@@ -66,25 +66,46 @@ class RouterStatistics:
             chunk = slice(begin, begin + length)
             logits = torch.stack([layer[chunk].to(device) for layer in router_logits])  # [L, T, E]
             selected = torch.stack([layer[chunk].to(device) for layer in selected_experts])  # [L, T, K]
-            self._add(logits, selected, routing_log_probabilities(logits, config), counted[chunk])
-        self.num_tokens += counted.sum()
+            self._add(slice(None), logits, selected, routing_log_probabilities(logits, config), counted[chunk])
+
+    @torch.no_grad()
+    def update_layer(
+        self, layer: int, router_logits: torch.Tensor, selected_experts: torch.Tensor, log_probabilities: torch.Tensor
+    ) -> None:
+        """Add tokens that one layer routed, by any router.
+
+        Args:
+            layer: Number of the layer, from 0.
+            router_logits: [T, E].
+            selected_experts: [T, K]; E in an empty slot.
+            log_probabilities: Logarithms of the scores, which sum to one [T, E].
+        """
+        counted = torch.ones(len(router_logits), dtype=self.selected.dtype, device=self.selected.device)
+        tokens = (router_logits, selected_experts, log_probabilities)
+        self._add(slice(layer, layer + 1), *(each[None].to(counted.device) for each in tokens), counted)
 
     def _add(
-        self, logits: torch.Tensor, selected: torch.Tensor, log_probabilities: torch.Tensor, counted: torch.Tensor
+        self,
+        layers: slice,
+        logits: torch.Tensor,
+        selected: torch.Tensor,
+        log_probabilities: torch.Tensor,
+        counted: torch.Tensor,
     ) -> None:
-        """Add tokens with these logits [L, T, E] and experts [L, T, K], counted by weights [T]."""
-        num_layers, num_experts = self.selected.shape
+        """Add tokens of some layers, with logits [L, T, E] and experts [L, T, K], counted by weights [T]."""
+        num_layers, _, num_experts = logits.shape
         # The experts of each layer have numbers of their own, and so has its empty slot.
         first = torch.arange(num_layers, device=selected.device)[:, None, None] * (num_experts + 1)
         counts = expert_counts(
             (selected + first).flatten(0, 1), num_layers * (num_experts + 1), counted.repeat(num_layers)
         )
-        self.selected += counts.view(num_layers, num_experts + 1)[:, :-1]
+        self.selected[layers] += counts.view(num_layers, num_experts + 1)[:, :-1]
         entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)  # [L, T]
         logits = logits.float()
         variance = (logits - logits.mean(dim=-1, keepdim=True)).square_().mean(dim=-1)  # [L, T]
-        self.entropy += entropy.to(counted) @ counted
-        self.variance += variance.to(counted) @ counted
+        self.entropy[layers] += entropy.to(counted) @ counted
+        self.variance[layers] += variance.to(counted) @ counted
+        self.num_tokens[layers] += counted.sum()
 
     def flatten(self) -> torch.Tensor:
         """Return all sums as one vector."""
