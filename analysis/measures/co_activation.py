@@ -33,17 +33,17 @@ class CoActivation(Measure):
         Figure(
             name="co_activation",
             title="Co-activation with the closest partner",
-            formula="mean_i max_{j≠i} N_ij / N_i",
+            formula="Σ_i max_{j≠i} N_ij / Σ_i N_i",
             meaning=(
                 "Of the tokens of an expert, the share that has its most frequent partner too, averaged over experts "
-                "that were selected: 1 if experts come in fixed pairs."
+                "by their tokens: 1 if experts come in fixed pairs."
             ),
             source="shares: OLMoE (arXiv 2409.02060, section 5.2); the summary of a layer is ours",
         ),
         Figure(
             name="co_activation_by_load",
             title="Co-activation that the loads alone give",
-            formula="mean_i max_{j≠i} min(a_i a_j / N_i, 1), a_i Σ_{j≠i} a_j = Σ_{j≠i} N_ij",
+            formula="Σ_i max_{j≠i} min(a_i a_j, N_i) / Σ_i N_i, a_i Σ_{j≠i} a_j = Σ_{j≠i} N_ij",
             meaning=(
                 "The co-activation if experts met by how often they are selected and nothing else: (K−1) / (E−1) if "
                 "balanced. Where it equals the co-activation, experts do not pair up."
@@ -87,14 +87,14 @@ class CoActivation(Measure):
 
 
 def _closest_partner(pairs: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Return the largest share of an expert's tokens that it has with one other, averaged over experts [L].
+    """Return the largest share of an expert's tokens that it has with one other, averaged over tokens [L].
 
     Args:
         pairs: tokens that two experts have together [L, E, E].
         counts: tokens of each expert [L, E].
     """
     # Where a token has three experts, pairs by load can be more than the tokens of one of them.
-    return (pairs.amax(dim=-1) / counts).clamp(max=1.0).nanmean(dim=-1)
+    return torch.minimum(pairs.amax(dim=-1), counts).sum(dim=-1) / counts.sum(dim=-1)
 
 
 def pairs_by_load(pairs: torch.Tensor) -> torch.Tensor:

@@ -115,6 +115,19 @@ def test_batches_and_processes_add_up(router_logits):
         _assert_equal(metrics, _naive(router_logits, TOP_K))
 
 
+def test_layers_add_up_one_by_one(router_logits):
+    layers = [router_logits, router_logits.flip(0) * 2]
+    together, apart = (RouterStatistics(2, NUM_EXPERTS) for _ in range(2))
+    together.update(layers, [_selected(layer) for layer in layers], _config())
+
+    for number in (1, 0):
+        for tokens in layers[number].split(20):
+            apart.update_layer(number, tokens, _selected(tokens), tokens.log_softmax(dim=-1))
+
+    for metrics, expected in zip(apart.metrics(), together.metrics(), strict=True):
+        _assert_equal(metrics, expected)
+
+
 @pytest.mark.parametrize("weights", [None, (torch.arange(NUM_TOKENS) % 3 != 0).float()])
 def test_a_large_batch_is_counted_in_small_parts(monkeypatch, router_logits, weights):
     monkeypatch.setattr(routing, "CHUNK_TOKENS", 8)

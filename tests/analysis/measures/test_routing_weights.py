@@ -1,0 +1,76 @@
+"""Mean routing weights by domain, their unevenness, and how they differ between domains."""
+
+import math
+from statistics import fmean, pstdev
+
+import pytest
+import torch
+from routed import measured, random_tokens, routed, subject
+
+from upcycled_moe.analysis.measures.routing_weights import RoutingWeights
+
+
+def test_figures_by_hand():
+    # Four tokens of one domain and one of the other, whose weights sum to a half: both domains count equally.
+    first = routed(0, [[0, 1]] * 4, [[0.75, 0.25], [0.25, 0.75]] * 2, torch.zeros(4, 4))
+    second = routed(1, [[2, 0]], [[0.25, 0.25]], torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log())
+
+    result = measured(RoutingWeights, subject(2, 4), first, second)
+
+    assert result.tables["weights"] == [[[0.5, 0.5, 0.0, 0.0], [0.25, 0.0, 0.25, 0.0]]]
+    assert result.tables["probabilities"][0][0] == pytest.approx([0.25] * 4)
+    assert result.tables["probabilities"][0][1] == pytest.approx([0.5, 0.25, 0.125, 0.125])
+    assert result.per_layer["routing_diversity"] == pytest.approx([1.0])
+    assert result.per_layer["weight_range"] == pytest.approx([0.5])
+    # Entropies: 1.5 ln 2 of the mixture (1/2, 1/4, 1/4, 0), ln 2 of each domain.
+    assert result.per_layer["domain_divergence"] == pytest.approx([0.5])
+
+
+def _naive(batches, num_experts):
+    """Figures token for token, in plain Python."""
+    weights, shares = [], []
+    for batch in batches:
+        sums = [0.0] * num_experts
+        for experts, of_token in zip(batch.selected.tolist(), batch.weights.tolist(), strict=True):
+            for expert, weight in zip(experts, of_token, strict=True):
+                if expert < num_experts:
+                    sums[expert] += weight
+        weights.append([total / len(batch.selected) for total in sums])
+        shares.append([total / sum(sums) for total in sums])
+
+    def entropy(distribution):
+        return -sum(share * math.log(share) for share in distribution if share)
+
+    mixture = [fmean(of_domains) for of_domains in zip(*shares, strict=True)]
+    return weights, {
+        "routing_diversity": fmean(pstdev(row) / fmean(row) for row in weights),
+        "weight_range": fmean(max(row) - min(row) for row in shares),
+        "domain_divergence": (entropy(mixture) - fmean(map(entropy, shares)))
+        / math.log(min(len(batches), num_experts)),
+    }
+
+
+@pytest.mark.parametrize("num_experts", [4, 9])
+@pytest.mark.parametrize("num_top", [1, 3])
+def test_figures_equal_the_naive_count(num_experts, num_top):
+    batches = [random_tokens(domain, 30 + 20 * domain, num_experts, num_top, domain, unused=1) for domain in range(5)]
+
+    result = measured(RoutingWeights, subject(5, num_experts, num_top), *batches)
+
+    weights, figures = _naive(batches, num_experts)
+    torch.testing.assert_close(torch.tensor(result.tables["weights"][0]), torch.tensor(weights))
+    assert {name: values[0] for name, values in result.per_layer.items()} == pytest.approx(figures, rel=1e-6)
+
+
+def test_specialisation_diverges_and_collapse_does_not():
+    def figures(*experts):
+        batches = [routed(domain, [[expert]], [[1.0]], torch.zeros(1, 4)) for domain, expert in enumerate(experts)]
+        return measured(RoutingWeights, subject(len(experts), 4, 1), *batches).per_layer
+
+    specialised, collapsed = figures(0, 1, 2), figures(3, 3, 3)
+
+    assert specialised["routing_diversity"] == collapsed["routing_diversity"] == pytest.approx([math.sqrt(3)])
+    assert specialised["domain_divergence"] == pytest.approx([1.0])
+    assert collapsed["domain_divergence"] == pytest.approx([0.0])
+    # More domains than experts: each expert to itself is still the most.
+    assert figures(0, 1, 2, 3, 0, 1, 2, 3)["domain_divergence"] == pytest.approx([1.0])
