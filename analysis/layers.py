@@ -18,6 +18,9 @@ from modeling_upcycled_moe.selection_upcycled_moe import routing_log_probabiliti
 from ..common.settings import SettingsError
 
 
+_WAY_OUT = "give an upcycled model, or a mixtral, qwen2_moe, qwen3_moe or olmoe one."
+
+
 @dataclass(frozen=True, eq=False)
 class MoeLayer:
     """A router and its experts.
@@ -105,10 +108,7 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
             index = re.search(r"layers\.(\d+)\.", f"{name}.")
             layers.append(MoeLayer(int(index[1]) if index else len(layers), module.gate, experts, model.config))
     if not layers:
-        raise SettingsError(
-            f"a {model.config.model_type} model has no MoE layer that can be looked into; give an upcycled one, or "
-            "mixtral, qwen2_moe, qwen3_moe or olmoe."
-        )
+        raise SettingsError(f"a {model.config.model_type} model has no MoE layer that can be looked into; {_WAY_OUT}")
     return layers
 
 
@@ -119,11 +119,15 @@ def observed(
     """Call `observe(number, hidden_states, router_logits, weights, selected)` at each forward pass of each router.
 
     At once, while the model runs, so that nothing need be kept for all layers. `number` counts the MoE layers from 0.
+
+    Raises:
+        SettingsError: at a forward pass, if a router returns something else.
     """
 
     def hook(number: int) -> Callable:
         def call(_, inputs, outputs):
             hidden_states = inputs[0].reshape(-1, inputs[0].shape[-1])
+            _check_form(layers[number], len(hidden_states), outputs)
             observe(number, hidden_states, *outputs)
 
         return call
@@ -134,3 +138,30 @@ def observed(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def check_routing(layer: MoeLayer, tokens: RoutedTokens) -> None:
+    """Check that a router of `layer` weights its experts by the scores that the measures take it to have.
+
+    Raises:
+        SettingsError: if not.
+    """
+    if hasattr(layer.config, "router_score_function"):
+        return  # the scores come from the model's own code
+    chosen = tokens.log_probabilities.gather(-1, tokens.selected).softmax(dim=-1)  # [T, K]
+    weights = tokens.weights.float() / tokens.weights.float().sum(dim=-1, keepdim=True)
+    # What bfloat16 rounds is far below what another function makes of the logits.
+    if not torch.allclose(weights, chosen, atol=0.02):
+        raise SettingsError(
+            f"the routers of a {layer.config.model_type} model do not weight experts by the softmax of their logits; "
+            f"{_WAY_OUT}"
+        )
+
+
+def _check_form(layer: MoeLayer, num_tokens: int, outputs: object) -> None:
+    shapes = [tuple(getattr(output, "shape", ())) for output in outputs] if isinstance(outputs, tuple) else []
+    if shapes[:1] != [(num_tokens, layer.num_experts)] or len(shapes) != 3 or len(set(shapes[1:])) != 1:
+        raise SettingsError(
+            f"the routers of a {layer.config.model_type} model return something else than logits, weights and experts "
+            f"of each token; {_WAY_OUT}"
+        )

@@ -3,6 +3,7 @@
 Dimensions: L MoE layers, D domains, E experts.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -45,8 +46,7 @@ class MeasureResult:
 
     def mean(self, figure: str) -> float | None:
         """Return the mean of a figure over the layers that have one."""
-        values = [value for value in self.per_layer[figure] if value is not None]
-        return sum(values) / len(values) if values else None
+        return _mean(self.per_layer[figure])
 
 
 @dataclass
@@ -89,6 +89,10 @@ class Comparison:
     second: str
     per_layer: dict[str, list[float | None]]
 
+    def mean(self, figure: str) -> float | None:
+        """Return the mean of a figure over the layers that have one."""
+        return _mean(self.per_layer[figure])
+
 
 @dataclass
 class AnalysisReport:
@@ -98,6 +102,7 @@ class AnalysisReport:
         settings: what it was asked for.
         domains: names, in the order of the tables.
         versions: of the packages.
+        notes: sentences for the reader, such as which checkpoints could not be compared.
     """
 
     settings: dict[str, Any]
@@ -105,6 +110,7 @@ class AnalysisReport:
     checkpoints: list[CheckpointResult]
     comparisons: list[Comparison]
     versions: dict[str, str]
+    notes: list[str] = field(default_factory=list)
     format: int = REPORT_FORMAT
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,3 +128,8 @@ class AnalysisReport:
         ]
         comparisons = [Comparison(**one) for one in content["comparisons"]]
         return cls(**{**content, "checkpoints": checkpoints, "comparisons": comparisons})
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None

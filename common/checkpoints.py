@@ -65,12 +65,24 @@ def load_model(
     Raises:
         SettingsError: if it cannot be loaded.
     """
-    is_classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification")
-    auto_name = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
     with _loading(model):
-        auto_class = _auto_class(auto_name, model, own_code, revision)
+        auto_class = _auto_class(_auto_name(config), model, own_code, revision)
         loaded = auto_class.from_pretrained(model, config=config, dtype=dtype, revision=revision or "main")
         return loaded.eval().to(device)
+
+
+def model_without_weights(
+    model: str, config: PreTrainedConfig, *, own_code: bool = True, revision: str | None = None
+) -> PreTrainedModel:
+    """Return what [`load_model`] would, on the meta device: what the model is made of, in a moment and for no memory.
+
+    Raises:
+        SettingsError: if it cannot be made.
+    """
+    with _loading(model), torch.device("meta"):
+        auto_class = _auto_class(_auto_name(config), model, own_code, revision)
+        is_model = issubclass(auto_class, PreTrainedModel)
+        return auto_class._from_config(config) if is_model else auto_class.from_config(config)
 
 
 def load_tokenizer(model: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -91,6 +103,11 @@ def check_exists(model: str) -> None:
     """
     if not Path(model).is_dir() and not re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]+)?", model):
         raise SettingsError(f"{model}: no such folder, and not a Hub id like org/name.")
+
+
+def _auto_name(config: PreTrainedConfig) -> str:
+    is_classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification")
+    return "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
 
 
 def _auto_map(model: str, revision: str | None) -> dict[str, str]:

@@ -21,12 +21,15 @@ def installed_versions() -> dict[str, str]:
 def recorded_parent(folder: str | Path) -> str | None:
     """Return the dense checkpoint that the one in `folder` was converted from, if that folder is here too.
 
-    None as well if it was made of several.
+    None as well if it was made of several. Of a checkpoint within a run the run's folder knows.
     """
-    try:
-        provenance = json.loads((Path(folder) / PROVENANCE_FILE).read_text(encoding="utf-8"))
-        parent = provenance["source"]["name"]
-        is_only_one = not provenance["expert_sources"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return parent if is_only_one and (Path(parent) / "config.json").is_file() else None
+    folder = Path(folder).resolve()
+    for place in (folder, folder.parent):
+        try:
+            provenance = json.loads((place / PROVENANCE_FILE).read_text(encoding="utf-8"))
+            parent = provenance["source"]["name"]
+            is_only_one = not provenance["expert_sources"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return parent if is_only_one and (Path(parent) / "config.json").is_file() else None
+    return None

@@ -1,0 +1,181 @@
+"""The analysis: checkpoints and labelled text go in, a report comes out."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import combinations
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ..common.checkpoint_names import NamedCheckpoint, name_checkpoints
+from ..common.checkpoints import (
+    check_code,
+    check_exists,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_without_weights,
+)
+from ..common.devices import best_device
+from ..common.labelled_text import Block, labelled_blocks
+from ..common.packing import tokenizer_digest
+from ..common.progress import Progress
+from ..common.provenance import installed_versions, recorded_parent
+from ..common.settings import SettingsError
+from ..common.text import open_text
+from .layers import find_moe_layers
+from .measures import MEASURES
+from .measures.measure import Subject
+from .results import AnalysisReport, CheckpointResult, Comparison
+from .routing_pass import run_pass
+from .saturation import RecordedSelections, SelectionRecorder, compare
+from .settings import MAX_BLOCK_SIZE, AnalysisSettings
+
+
+@dataclass(frozen=True, eq=False)
+class _OpenCheckpoint:
+    """A checkpoint of which everything but the weights is loaded."""
+
+    checkpoint: NamedCheckpoint
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_digest: str
+    parent: str | None
+
+
+def analyze(
+    checkpoints: Sequence[str], settings: AnalysisSettings, *, progress: Progress | None = None
+) -> AnalysisReport:
+    """Return what the routers and experts of `checkpoints` do with the text that `settings` name.
+
+    One checkpoint is in memory at a time. What can be checked without weights, is checked of all before the first.
+
+    Args:
+        checkpoints: folders or Hub ids; see `name_checkpoints` for names and revisions.
+
+    Raises:
+        SettingsError: if a checkpoint or the text cannot be read, there is no MoE layer that can be looked into, or a
+            router computes what is not finite.
+    """
+    progress = progress or Progress()
+    if settings.parent is not None:
+        check_exists(settings.parent)
+    opened = [_open(checkpoint, settings) for checkpoint in name_checkpoints(checkpoints)]
+    block_size = _block_size(settings, opened)
+    texts: dict[str, dict[str, list[Block]]] = {}
+    for one in opened:
+        if one.tokenizer_digest not in texts:
+            documents = open_text(settings.data, settings.split, settings.text_column, settings.domain_column)
+            texts[one.tokenizer_digest] = labelled_blocks(
+                documents, one.tokenizer, block_size, settings.tokens_per_domain
+            )
+        _check_tokens(one, texts[one.tokenizer_digest])
+    results, selections = [], {}
+    for one in opened:
+        result, selections[result.name] = _analyze_one(one, texts[one.tokenizer_digest], settings, progress)
+        results.append(result)
+    comparisons, notes = _compare(selections)
+    return AnalysisReport(
+        settings={**asdict(settings), "data": list(settings.data), "block_size": block_size},
+        domains=list(next(iter(texts.values()))),
+        checkpoints=results,
+        comparisons=comparisons,
+        versions=installed_versions(),
+        notes=notes,
+    )
+
+
+def _open(checkpoint: NamedCheckpoint, settings: AnalysisSettings) -> _OpenCheckpoint:
+    path, revision = checkpoint.path, checkpoint.revision
+    check_code(path, trust_remote_code=settings.trust_remote_code, revision=revision)
+    config = load_config(path, revision=revision)
+    with _about(checkpoint):
+        find_moe_layers(model_without_weights(path, config, revision=revision))
+    tokenizer = load_tokenizer(path, revision=revision)
+    return _OpenCheckpoint(
+        checkpoint, config, tokenizer, tokenizer_digest(tokenizer), settings.parent or recorded_parent(path)
+    )
+
+
+def _block_size(settings: AnalysisSettings, opened: Sequence[_OpenCheckpoint]) -> int:
+    """Return the block size of all checkpoints, the same so that they see the same blocks."""
+    limits = {one.checkpoint.path: getattr(one.config, "max_position_embeddings", None) for one in opened}
+    limits = {path: limit for path, limit in limits.items() if limit is not None}
+    shortest = min(limits, key=limits.get, default=None)
+    if settings.block_size is None:
+        return min([MAX_BLOCK_SIZE, *limits.values()])
+    if shortest is not None and settings.block_size > limits[shortest]:
+        raise SettingsError(
+            f"block_size={settings.block_size} exceeds the {limits[shortest]} positions of {shortest}; lower it."
+        )
+    return settings.block_size
+
+
+def _check_tokens(one: _OpenCheckpoint, domains: Mapping[str, Sequence[Block]]) -> None:
+    largest = max(max(block["input_ids"]) for blocks in domains.values() for block in blocks)
+    if largest >= one.config.vocab_size:
+        raise SettingsError(
+            f"{one.checkpoint.path}: its tokenizer gives token {largest}, the model's vocab_size is "
+            f"{one.config.vocab_size}; put the model's own tokenizer beside it."
+        )
+
+
+def _analyze_one(
+    one: _OpenCheckpoint, domains: Mapping[str, Sequence[Block]], settings: AnalysisSettings, progress: Progress
+) -> tuple[CheckpointResult, RecordedSelections]:
+    """Return the figures of a checkpoint, and what comparing it with others takes; nothing of the model."""
+    checkpoint = one.checkpoint
+    model = load_model(
+        checkpoint.path, one.config, dtype=settings.dtype, device=best_device(), revision=checkpoint.revision
+    )
+    layers = find_moe_layers(model)
+    num_blocks = sum(map(len, domains.values()))
+    with (
+        torch.inference_mode(),
+        _about(checkpoint),
+        progress.task(f"Analyzing {checkpoint.name}", num_blocks, "blocks") as advance,
+    ):
+        subject = Subject(layers, list(domains), model.device, one.tokenizer, one.parent)
+        recorder = SelectionRecorder(subject)
+        measures = [measure(subject) for measure in MEASURES]
+        run_pass(model, layers, domains, [*measures, recorder], settings.batch_size, advance)
+        results = {measure.name: measure.result() for measure in measures}
+        selections = recorder.selections()
+    result = CheckpointResult(
+        name=checkpoint.name,
+        path=checkpoint.path,
+        model_type=one.config.model_type,
+        num_experts=layers[0].num_experts,
+        num_experts_per_tok=layers[0].num_experts_per_tok,
+        layers=[layer.index for layer in layers],
+        tokenizer=one.tokenizer_digest,
+        num_tokens={name: sum(len(block["input_ids"]) for block in blocks) for name, blocks in domains.items()},
+        measures=results,
+        parent=one.parent,
+    )
+    return result, selections
+
+
+def _compare(selections: Mapping[str, RecordedSelections]) -> tuple[list[Comparison], list[str]]:
+    """Return how each two checkpoints differ, and a note for each two that cannot be compared."""
+    comparisons, notes = [], []
+    for (first, firsts), (second, seconds) in combinations(selections.items(), 2):
+        comparison = compare(first, firsts, second, seconds)
+        if comparison is None:
+            notes.append(
+                f"{first} and {second} are not compared token for token: their tokens, MoE layers or numbers of "
+                "experts differ."
+            )
+        else:
+            comparisons.append(comparison)
+    return comparisons, notes
+
+
+@contextmanager
+def _about(checkpoint: NamedCheckpoint) -> Iterator[None]:
+    """Name the checkpoint in errors that do not."""
+    try:
+        yield
+    except SettingsError as error:
+        raise SettingsError(f"{checkpoint.path}: {error}") from error
