@@ -33,7 +33,7 @@ class StandingCommittee(Measure):
 
     Source: COMMITTEEAUDIT (arXiv 2601.03425) and its published code. Ours: coverage is of the weight of all experts,
     not of the top ones; there may be no standing expert, where the code takes those present most often; all domains
-    count, while the paper leaves out those whose routing is not specific.
+    count, without the paper's filter by how specific the routing of a domain is.
     """
 
     name = "committee"
