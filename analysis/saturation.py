@@ -27,11 +27,11 @@ FIGURES = (
             "alike. It compares experts by number, so it means something between checkpoints of one training run, or "
             "of runs that began with the same experts and routers."
         ),
-        source="OLMoE (arXiv 2409.02060, section 5.1); the larger selection below the line, where sizes differ, is ours",
+        source="OLMoE (arXiv 2409.02060, section 5.1); the larger size below the line, where they differ, is ours",
     ),
     Figure(
-        name="router_saturation_by_chance",
-        title="Router saturation by chance",
+        name="router_saturation_by_load",
+        title="Router saturation that the loads alone give",
         formula="Σ_e a_e b_e / mean_t max(|A_t|, |B_t|)",
         meaning=(
             "What two routers with these loads would have in common if they knew nothing of each other: K / E if both "
@@ -116,12 +116,12 @@ def compare(
         second=second_name,
         per_layer={
             "router_saturation": numbers(selection_overlap(first.selected, second.selected, num_experts)),
-            "router_saturation_by_chance": numbers(_overlap_by_chance(first, second)),
+            "router_saturation_by_load": numbers(_overlap_by_load(first, second)),
         },
     )
 
 
-def _overlap_by_chance(first: RecordedSelections, second: RecordedSelections) -> torch.Tensor:
+def _overlap_by_load(first: RecordedSelections, second: RecordedSelections) -> torch.Tensor:
     """Return the overlap [L] of independent selections with the same loads."""
     sizes = [(each.selected < each.num_experts).sum(dim=-1) for each in (first, second)]  # [L, T]
     largest = torch.maximum(*sizes).double().mean(dim=-1)
