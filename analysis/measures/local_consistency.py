@@ -76,7 +76,7 @@ class LocalConsistency(Measure):
             title="Segment cache hit rate that the loads alone give at most",
             formula="min_t (C t + Σ_e E[max(c_e − t, 0)]) / (M Σ_e a_e), c_e ~ Binomial(M, a_e)",
             meaning="A hit rate above it shows that neighbours need the same experts.",
-            source="ours; an upper bound, usually a few per cent too high",
+            source="ours; an upper bound, mostly one to three per cent too high",
         ),
     )
 
