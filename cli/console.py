@@ -30,7 +30,7 @@ class ConsoleProgress:
         """Show a bar; see `upcycled_moe.common.progress.Progress`."""
         columns = [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]
         with Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             *columns,
             TimeRemainingColumn(),

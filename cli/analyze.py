@@ -1,0 +1,181 @@
+"""`upcycled-moe analyze`: what do the routers and experts of checkpoints do?"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..analysis.settings import DTYPES, MAX_BLOCK_SIZE, AnalysisSettings
+
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..analysis.results import AnalysisReport
+
+MEMORY_ADVICE = "lower --batch-size or --block-size, or give --dtype bfloat16"
+DEFAULTS = {setting.name: setting.default for setting in fields(AnalysisSettings)}
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the command to `commands`."""
+    parser = commands.add_parser(
+        "analyze",
+        usage="%(prog)s CKPT [CKPT ...] --data TEXT [TEXT ...] --output OUT [options]",
+        help="see what routers and experts do",
+        description="What do the routers and experts of Mixture-of-Experts checkpoints do with labelled text? For "
+        "upcycled ones and stock Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE ones, several side by side. OUT gets "
+        "report.html, pictures, and report.json. A checkpoint's own code runs if it lies in a local folder, else only "
+        "with --trust-remote-code.",
+    )
+    parser.add_argument(
+        "checkpoints",
+        metavar="CKPT",
+        nargs="+",
+        help="checkpoint: folder or Hub id, or id@revision; NAME=CKPT names it in the report",
+    )
+    parser.add_argument("--output", metavar="OUT", required=True, help="folder to write the report to")
+    parser.add_argument("--overwrite", action="store_true", help="replace the report in OUT if there is one")
+    parser.add_argument(
+        "--parent",
+        metavar="DENSE",
+        help="dense checkpoint that the experts were copied from, folder or Hub id (default: the one that "
+        "upcycling.json names, if it is a folder here)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the means over layers as JSON")
+    _add_text_options(parser.add_argument_group("text"))
+    running = parser.add_argument_group("running")
+    running.add_argument(
+        "--batch-size",
+        type=int,
+        default=DEFAULTS["batch_size"],
+        help="blocks at a time; changes no figure (default: %(default)s)",
+    )
+    running.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=DEFAULTS["dtype"],
+        help="compute in; auto is that of the weights (default: %(default)s)",
+    )
+    running.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code of a CKPT that is not a local folder"
+    )
+    return parser
+
+
+def _add_text_options(section: argparse._ArgumentGroup) -> None:
+    section.add_argument(
+        "--data",
+        metavar="TEXT",
+        nargs="+",
+        required=True,
+        help="parquet, jsonl and txt files, folders, globs, or Hub datasets; the domain of a text is its column, else "
+        "the sub-folder or the file that it lies in",
+    )
+    section.add_argument(
+        "--domain-column", metavar="NAME", help="column that holds the domain (default: domain, where there is one)"
+    )
+    section.add_argument(
+        "--text-column",
+        metavar="NAME",
+        default=DEFAULTS["text_column"],
+        help="column that holds the text (default: %(default)s)",
+    )
+    section.add_argument(
+        "--split", default=DEFAULTS["split"], help="of folders and Hub datasets (default: %(default)s)"
+    )
+    section.add_argument(
+        "--tokens-per-domain",
+        metavar="N",
+        type=int,
+        default=DEFAULTS["tokens_per_domain"],
+        help="tokens of each domain to read, the first ones (default: %(default)s)",
+    )
+    section.add_argument(
+        "--block-size",
+        metavar="N",
+        type=int,
+        help=f"tokens that are seen together (default: {MAX_BLOCK_SIZE}, or the fewest positions of a model)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command."""
+    settings = AnalysisSettings(**{name: getattr(options, name) for name in DEFAULTS})
+
+    from ..analysis.output import write_analysis
+    from .console import ConsoleProgress, quiet_libraries
+
+    quiet_libraries()
+    report = write_analysis(
+        options.checkpoints, settings, options.output, overwrite=options.overwrite, progress=ConsoleProgress()
+    )
+    if options.json:
+        print(json.dumps(summarize(report), indent=2))
+    else:
+        print_analysis(report, options.output)
+    return 0
+
+
+def summarize(report: "AnalysisReport") -> dict[str, Any]:
+    """Return the means over layers of each figure by checkpoint, and what was looked at; it fits in JSON."""
+    from ..analysis.report.summary import summary
+
+    rows = summary(report)
+    return {
+        "domains": report.domains,
+        "checkpoints": {
+            checkpoint.name: {
+                "path": checkpoint.path,
+                "parent": checkpoint.parent,
+                "num_tokens": checkpoint.num_tokens,
+                "figures": {row.name: row.values[number] for row in rows},
+            }
+            for number, checkpoint in enumerate(report.checkpoints)
+        },
+        "comparisons": [
+            {"first": one.first, "second": one.second, "figures": {name: one.mean(name) for name in one.per_layer}}
+            for one in report.comparisons
+        ],
+        "notes": report.notes,
+    }
+
+
+def print_analysis(report: "AnalysisReport", out: str) -> None:
+    """Print the means over layers, a row a figure and a column a checkpoint, and where the report is."""
+    from ..analysis.report.summary import summary
+    from ..analysis.report.write import PAGE_FILE
+    from ..analysis.saturation import FIGURES
+    from .console import stdout_console
+
+    console = stdout_console()
+    num_tokens = sum(report.checkpoints[0].num_tokens.values())
+    title = f"Means over layers ({num_tokens:,} tokens of {len(report.domains)} domains)"
+    rows = {row.figure.title: row.values for row in summary(report)}
+    console.print(_figures_table(title, [checkpoint.name for checkpoint in report.checkpoints], rows))
+    if report.comparisons:
+        pairs = [f"{one.first}, {one.second}" for one in report.comparisons]
+        rows = {figure.title: [one.mean(figure.name) for one in report.comparisons] for figure in FIGURES}
+        console.print()
+        console.print(_figures_table("In common", pairs, rows))
+    lines = [
+        f"The experts of {one.name} are compared with those of {one.parent}."
+        for one in report.checkpoints
+        if one.parent is not None
+    ]
+    for line in (*lines, *report.notes, f"Wrote {out}; look at {Path(out, PAGE_FILE)}."):
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def _figures_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> "Table":
+    from rich.markup import escape
+
+    from .console import results_table
+
+    names = [escape(name) for name in columns]
+    table = results_table(title, "Figure", *names, numbers=names)
+    for name, values in rows.items():
+        table.add_row(name, *("" if value is None else f"{value:.3g}" for value in values))
+    return table
