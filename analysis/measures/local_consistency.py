@@ -113,7 +113,7 @@ class LocalConsistency(Measure):
         self._num_tokens[number] += documents.numel()
         for at, length in enumerate(SEGMENT_LENGTHS):
             if length > documents.shape[1]:
-                break
+                continue
             in_document = documents[:, length - 1 :] == documents[:, : documents.shape[1] - length + 1]  # [B, N]
             counts = (until[:, length:] - until[:, :-length]).flatten(0, 1)  # [B * N, E]
             weight = in_document.flatten().to(self._selected)
