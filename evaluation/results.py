@@ -1,0 +1,142 @@
+"""What an evaluation found, as it is written to `results.json` and shown."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..common.numbers import perplexity
+
+
+RESULTS_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over items and its standard error, None where there is none."""
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class Average:
+    """The mean of several tasks.
+
+    Args:
+        tasks: over which it is.
+        missing: those that belong to it by the paper, and were not evaluated.
+    """
+
+    score: Score
+    tasks: list[str]
+    missing: list[str]
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """A task, the same for all checkpoints.
+
+    Args:
+        metric: the figure that stands for it in tables and averages.
+        num_items: that were evaluated.
+        num_available: in the data.
+        chance: what guessing gives; None where that is not known.
+        offline: whether its data was read from local files, and not from the Hub.
+        version: of the harness's task.
+    """
+
+    name: str
+    metric: str
+    num_items: int
+    num_available: int
+    chance: float | None
+    offline: bool
+    version: str
+
+
+@dataclass(frozen=True)
+class DomainLoss:
+    """How well a checkpoint predicts the text of a domain.
+
+    Args:
+        loss: mean over all targets, in nats.
+        stderr: of the loss, over blocks; None with a single one.
+        num_tokens: targets: all tokens but the first of each piece of a document in a block.
+        num_bytes: of text in them, in UTF-8.
+    """
+
+    loss: float
+    stderr: float | None
+    num_tokens: int
+    num_bytes: int
+    num_blocks: int
+
+    @property
+    def perplexity(self) -> float:
+        """Return `exp(loss)`, per token: comparable between checkpoints of one tokenizer."""
+        return perplexity(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Return the loss of all targets in bits, per byte of their text: comparable between tokenizers."""
+        return self.loss * self.num_tokens / math.log(2) / self.num_bytes if self.num_bytes else None
+
+
+@dataclass
+class CheckpointResult:
+    """What was found for one checkpoint.
+
+    Args:
+        name: what tables call it, different for each.
+        path: folder or Hub id.
+        dtype: of its weights, as computed with.
+        tokenizer: digest; checkpoints with the same one saw the same tokens.
+        tasks: by task, all its figures.
+        averages: by name.
+        num_truncated: by task, items whose prompt was cut from the left to fit into the model's positions.
+        domains: by domain.
+    """
+
+    name: str
+    path: str
+    revision: str | None
+    model_type: str
+    num_parameters: int
+    dtype: str
+    tokenizer: str
+    tasks: dict[str, dict[str, Score]] = field(default_factory=dict)
+    averages: dict[str, Average] = field(default_factory=dict)
+    num_truncated: dict[str, int] = field(default_factory=dict)
+    domains: dict[str, DomainLoss] = field(default_factory=dict)
+
+
+@dataclass
+class EvaluationReport:
+    """All that an evaluation found.
+
+    Args:
+        settings: what it was asked for.
+        tasks: in the order of the tables.
+        notes: sentences for the reader, such as what was left out.
+        versions: of the packages.
+    """
+
+    settings: dict[str, Any]
+    tasks: list[TaskInfo]
+    checkpoints: list[CheckpointResult]
+    notes: list[str]
+    versions: dict[str, str]
+    format: int = RESULTS_FORMAT
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report for JSON, with the figures that follow from others."""
+        content = asdict(self)
+        for checkpoint, written in zip(self.checkpoints, content["checkpoints"], strict=True):
+            for name, domain in checkpoint.domains.items():
+                # JSON has no infinity.
+                is_finite = math.isfinite(domain.perplexity)
+                written["domains"][name] |= {
+                    "perplexity": domain.perplexity if is_finite else None,
+                    "bits_per_byte": domain.bits_per_byte,
+                }
+        return content
