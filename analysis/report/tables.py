@@ -1,0 +1,216 @@
+"""Which tables of the measures are drawn, and as what heat maps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..results import AnalysisReport, CheckpointResult
+from .scales import limits
+
+
+# A table of more cells, over all layers and checkpoints, is drawn as images: a cell of its own takes 130 bytes.
+MAX_CELLS = 6000
+
+
+@dataclass(frozen=True)
+class TableView:
+    """How a table is drawn: as a heat map of its last two axes, one for each layer if there is an axis before them.
+
+    Args:
+        title: what its numbers are.
+        axes: what each axis counts: `layer`, `domain` or `expert`.
+    """
+
+    title: str
+    axes: tuple[str, ...]
+
+    @property
+    def is_by_layer(self) -> bool:
+        """Whether each layer has a heat map of its own."""
+        return len(self.axes) == 3
+
+
+_PER_EXPERT = ("layer", "expert")
+_BY_DOMAIN = ("layer", "domain", "expert")
+_PAIRS = ("layer", "expert", "expert")
+VIEWS = {
+    ("routing", "load"): TableView("Load: share of all selections", _PER_EXPERT),
+    ("routing_weights", "weights"): TableView("Mean routing weight by domain", _BY_DOMAIN),
+    ("routing_weights", "probabilities"): TableView(
+        "Mean routing probability by domain, before selection", _BY_DOMAIN
+    ),
+    ("domains", "specialization"): TableView("Share of a domain's tokens that select an expert", _BY_DOMAIN),
+    ("committee", "presence"): TableView("Share of domains with the expert among the top ones", _PER_EXPERT),
+    ("committee", "committee"): TableView("Members of the standing committee: 1", _PER_EXPERT),
+    ("co_activation", "co_activation"): TableView("Share of the row's tokens that select the column too", _PAIRS),
+    ("expert_outputs", "similarity"): TableView("Cosine similarity of expert outputs", _PAIRS),
+    ("expert_weights", "similarity"): TableView("Cosine similarity of expert weights", _PAIRS),
+    ("expert_weights", "divergence"): TableView("Divergence from the parent", _PER_EXPERT),
+    ("expert_weights", "update_similarity"): TableView("Cosine similarity of the experts' updates", _PAIRS),
+}
+# What others show: the first is the specialisation over K, the second its mean over experts.
+NOT_DRAWN = {("routing", "domain_load"), ("domains", "uniform")}
+
+# The table whose last layer is drawn as bars too, as Figure 5 of Router Upcycling (arXiv 2509.00679) has it, and how
+# many of them can be told apart.
+BARS = ("routing_weights", "weights")
+MAX_BAR_DOMAINS, MAX_BAR_EXPERTS = 10, 16
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """A matrix of numbers with what its rows and columns are.
+
+    Args:
+        row_title, column_title: what they count, e.g. `layer` and `expert`.
+        rows, columns: their labels.
+        values: [rows, columns]; NaN where there is no number.
+        low, high: ends of the colour scale, the same for all checkpoints with as many experts.
+        as_image: whether there are too many numbers to draw each by itself.
+    """
+
+    row_title: str
+    column_title: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: np.ndarray
+    low: float
+    high: float
+    as_image: bool = False
+
+    @property
+    def shares(self) -> np.ndarray:
+        """The places of the values on the colour scale, 0 to 1 [rows, columns]."""
+        return (self.values - self.low) / (self.high - self.low)
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """The heat maps of one table of one checkpoint.
+
+    Args:
+        number: of the checkpoint in the report, which gives it its colour.
+        name: of the checkpoint.
+        grids: by the layer's index in the model; one only, under None, where layers are the rows.
+    """
+
+    number: int
+    name: str
+    grids: dict[int | None, Grid]
+
+    @property
+    def last(self) -> tuple[int | None, Grid]:
+        """The last layer that has numbers, and its heat map."""
+        return list(self.grids.items())[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnTable:
+    """A table as heat maps, one panel a checkpoint that has it."""
+
+    measure: str
+    name: str
+    view: TableView
+    panels: list[Panel]
+
+    @property
+    def has_bars(self) -> bool:
+        """Whether the last layer is drawn as bars too."""
+        return (self.measure, self.name) == BARS and all(
+            len(grid.rows) <= MAX_BAR_DOMAINS and len(grid.columns) <= MAX_BAR_EXPERTS
+            for grid in (panel.last[1] for panel in self.panels)
+        )
+
+
+def drawn_tables(report: AnalysisReport, measure: str) -> list[DrawnTable]:
+    """Return what is drawn of the tables of a measure, those that this version knows first."""
+    found = [name for each in report.checkpoints if measure in each.measures for name in each.measures[measure].tables]
+    known = [name for of_measure, name in VIEWS if of_measure == measure and name in found]
+    drawn = [drawn_table(report, measure, name) for name in dict.fromkeys([*known, *found])]
+    return [table for table in drawn if table]
+
+
+def drawn_table(report: AnalysisReport, measure: str, name: str) -> DrawnTable | None:
+    """Return what is drawn of a table, None if there is nothing."""
+    arrays, views = {}, {}
+    for number, checkpoint in enumerate(report.checkpoints):
+        result = checkpoint.measures.get(measure)
+        array = _as_array(result.tables.get(name)) if result else None
+        view = None if array is None else _view_of(measure, name, array.shape, checkpoint)
+        if view:
+            arrays[number], views[number] = array, view
+    if not arrays:
+        return None
+    view = next(iter(views.values()))
+    arrays = {number: array for number, array in arrays.items() if views[number] == view}
+    as_image = sum(array.size for array in arrays.values()) > MAX_CELLS
+    panels = []
+    for number, array in arrays.items():
+        checkpoint = report.checkpoints[number]
+        alike = [other for at, other in arrays.items() if report.checkpoints[at].num_experts == checkpoint.num_experts]
+        scale = limits(value for other in alike for value in other[~np.isnan(other)].tolist())
+        panels.append(
+            Panel(number, checkpoint.name, _grids(view, array, _labels(report, checkpoint), scale, as_image))
+        )
+    return DrawnTable(measure, name, view, panels)
+
+
+def _grids(
+    view: TableView, array: np.ndarray, labels: dict[str, list[str]], scale: tuple[float, float], as_image: bool
+) -> dict[int | None, Grid]:
+    row, column = view.axes[-2:]
+    layers = map(int, labels["layer"])
+    matrices = dict(zip(layers, array, strict=True)) if view.is_by_layer else {None: array}
+    return {
+        layer: Grid(
+            row,
+            column,
+            labels[row][: array.shape[-2]],
+            labels[column][: array.shape[-1]],
+            matrix,
+            *scale,
+            as_image=as_image,
+        )
+        for layer, matrix in matrices.items()
+        if not np.isnan(matrix).all()
+    }
+
+
+def _labels(report: AnalysisReport, checkpoint: CheckpointResult) -> dict[str, list[str]]:
+    return {
+        "layer": [str(index) for index in checkpoint.layers],
+        "domain": report.domains,
+        "expert": [str(expert) for expert in range(checkpoint.num_experts)],
+    }
+
+
+def _as_array(content: Any) -> np.ndarray | None:
+    """Return nested lists as an array, with NaN for None; nothing if they hold no number, or are ragged."""
+    try:
+        array = np.array(content, dtype=float)
+    except (TypeError, ValueError):
+        return None
+    return None if np.isnan(array).all() else array
+
+
+def _view_of(measure: str, table: str, shape: tuple[int, ...], checkpoint: CheckpointResult) -> TableView | None:
+    """Return how to draw a table, one that this version does not know by its shape; None if it is not drawn."""
+    num_layers, num_domains, num_experts = len(checkpoint.layers), len(checkpoint.num_tokens), checkpoint.num_experts
+    # Some tables have no numbers for experts without computation, which come last.
+    sizes = {"layer": {num_layers}, "domain": {num_domains}, "expert": set(range(1, num_experts + 1))}
+    if (measure, table) in NOT_DRAWN:
+        return None
+    view = VIEWS.get((measure, table)) or TableView(table.replace("_", " ").capitalize(), _guessed_axes(shape))
+    fits = len(shape) == len(view.axes) and all(
+        size in sizes[axis] for size, axis in zip(shape, view.axes, strict=True)
+    )
+    return view if fits else None
+
+
+def _guessed_axes(shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Return what a table of this shape is most likely to count; nothing if it has neither two axes nor three."""
+    if len(shape) == 3:
+        return _PAIRS if shape[1] == shape[2] else _BY_DOMAIN
+    return _PER_EXPERT if len(shape) == 2 else ()
