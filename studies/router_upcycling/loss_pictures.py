@@ -1,0 +1,58 @@
+"""Pictures of validation loss over tokens."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from intervals import mean_interval, paired_difference
+from study_results import ALL_DOMAINS
+
+from upcycled_moe.common.pictures import new_figure, save_png
+
+
+# Line styles go round before colours do, so that many methods stay apart without colour too.
+STYLES = ("-", "--", ":", "-.")
+
+
+def draw_losses(found: Mapping[str, Any], baseline: str, parent: str, path: Path) -> Path:
+    """Draw the loss of all methods from one parent, and how it differs from the baseline, over tokens."""
+    figure = new_figure(height=5.0, width=12.0)
+    losses, differences = figure.subplots(1, 2)
+    methods = found["methods"]
+    losses.axhline(found["loss"][ALL_DOMAINS], color="#888888", linewidth=0.8, label="parent")
+    for number, (name, method) in enumerate(methods.items()):
+        style = {"color": f"C{number % 10}", "linestyle": STYLES[number % len(STYLES)], "linewidth": 1.4}
+        tokens, intervals = _over_tokens(method["runs"], None)
+        _draw(losses, tokens, intervals, style, method["title"])
+        if name != baseline:
+            _draw(differences, *_over_tokens(method["runs"], methods[baseline]["runs"]), style, None)
+    differences.axhline(0.0, color="#888888", linewidth=0.8)
+    losses.set(title=f"Parent {parent}: validation loss", xlabel="tokens", ylabel="nats per token")
+    differences.set(title=f"less {methods[baseline]['title']}, paired by seed", xlabel="tokens")
+    differences.set_yscale("symlog", linthresh=0.01)
+    figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+    save_png(figure, path)
+    return path
+
+
+def _over_tokens(runs: Mapping[int, Any], baseline: Mapping[int, Any] | None) -> tuple[list[int], list]:
+    """Return the tokens of each evaluation, and the interval of the loss over seeds, or of its difference."""
+    tokens = [point["tokens"] for point in next(iter(runs.values()))["curve"]]
+    intervals = []
+    for number in range(len(tokens)):
+        values = {seed: run["curve"][number]["loss"][ALL_DOMAINS] for seed, run in runs.items()}
+        if baseline is None:
+            intervals.append(mean_interval(list(values.values())))
+        else:
+            others = {seed: run["curve"][number]["loss"][ALL_DOMAINS] for seed, run in baseline.items()}
+            intervals.append(paired_difference(values, others))
+    return tokens, intervals
+
+
+def _draw(axes, tokens: list[int], intervals: list, style: Mapping[str, Any], label: str | None) -> None:
+    means = [interval.mean for interval in intervals]
+    widths = [interval.half_width or 0.0 for interval in intervals]
+    axes.plot(tokens, means, label=label, **style)
+    low = [mean - width for mean, width in zip(means, widths, strict=True)]
+    high = [mean + width for mean, width in zip(means, widths, strict=True)]
+    axes.fill_between(tokens, low, high, color=style["color"], alpha=0.12, linewidth=0)

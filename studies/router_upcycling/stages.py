@@ -1,0 +1,212 @@
+"""What the tasks of a study do: text, tokenizer, parents, training, analysis.
+
+Each function takes settings, the folders of its inputs by task, and the folder to write.
+"""
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from upcycled_moe.common.settings import SettingsError
+
+
+TEXT, TOKENIZER = "text", "tokenizer"
+PARENT_FILE, UPCYCLING_FILE, VALIDATION_FILE = "parent.jsonl", "upcycling.jsonl", "validation.jsonl"
+MODEL_FOLDER = "model"
+WEIGHTS_FILE = f"{MODEL_FOLDER}/model.safetensors"
+METRICS_FILE, ANALYSIS_FILE = "metrics.json", "analysis.json"
+END_OF_TEXT = "<|endoftext|>"
+# Passages are drawn, and parents initialised, with one seed: those of the study are for what is compared.
+SEED = 0
+
+
+def parent_task(name: str) -> str:
+    """Return the name of the task that trains the parent `name`."""
+    return f"parent/{name}"
+
+
+def prepare_text(settings: Mapping[str, Any], inputs: Mapping[str, Path], folder: Path) -> None:
+    """Write passages of all domains, in random order, for the parents, for upcycling, and for validation."""
+    with (
+        (folder / PARENT_FILE).open("w", encoding="utf-8") as parent,
+        (folder / UPCYCLING_FILE).open("w", encoding="utf-8") as upcycling,
+        (folder / VALIDATION_FILE).open("w", encoding="utf-8") as validation,
+    ):
+        for domain in settings["domains"]:
+            passages = _passages(inputs[f"{domain}_train"], settings["passage_characters"])
+            _write_passages(passages, domain, settings["parent_characters"], parent)
+            _write_passages(passages, domain, settings["upcycling_characters"], upcycling)
+            passages = _passages(inputs[f"{domain}_validation"], settings["passage_characters"])
+            _write_passages(passages, domain, settings["validation_characters"], validation)
+
+
+def _passages(path: Path, num_characters: int) -> Iterator[str]:
+    """Return the documents of a parquet file, cut into passages, in random order."""
+    import pyarrow.parquet
+
+    documents = pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
+    passages = [
+        document[begin : begin + num_characters]
+        for document in documents
+        for begin in range(0, len(document), num_characters)
+    ]
+    random.Random(SEED).shuffle(passages)
+    return iter(passages)
+
+
+def _write_passages(passages: Iterator[str], domain: str, num_characters: int, file) -> None:
+    written = 0
+    while written < num_characters:
+        if (passage := next(passages, None)) is None:
+            raise SettingsError(
+                f"the text of {domain!r} ends {num_characters - written} characters too early; ask for fewer."
+            )
+        file.write(json.dumps({"text": passage, "domain": domain}, ensure_ascii=False) + "\n")
+        written += len(passage)
+
+
+def train_tokenizer(settings: Mapping[str, Any], inputs: Mapping[str, Path], folder: Path) -> None:
+    """Write a byte-level BPE tokenizer, Qwen's kind, trained on the text of the parents."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings["vocab_size"],
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    with (inputs[TEXT] / PARENT_FILE).open(encoding="utf-8") as lines:
+        tokenizer.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT).save_pretrained(
+        folder
+    )
+
+
+def train_parent(settings: Mapping[str, Any], inputs: Mapping[str, Path], folder: Path) -> None:
+    """Train a dense Qwen2 from random weights."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, set_seed
+
+    tokenizer = AutoTokenizer.from_pretrained(inputs[TOKENIZER])
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    config = Qwen2Config(vocab_size=len(tokenizer), dtype=torch.float32, **special, **settings["model"])
+    set_seed(SEED)
+    start = folder / "start"
+    Qwen2ForCausalLM(config).save_pretrained(start)
+    tokenizer.save_pretrained(start)
+    run_training(settings, start, inputs[TEXT] / PARENT_FILE, inputs[TEXT] / VALIDATION_FILE, SEED, folder)
+
+
+def train_method(settings: Mapping[str, Any], inputs: Mapping[str, Path], folder: Path) -> None:
+    """Upcycle a parent by one method, or leave it dense, and train it on."""
+    start = inputs[settings["parent"]] / MODEL_FOLDER
+    if settings["recipe"] is not None:
+        start = _upcycle(settings, start, inputs[TEXT] / UPCYCLING_FILE, folder)
+    text, validation = inputs[TEXT] / UPCYCLING_FILE, inputs[TEXT] / VALIDATION_FILE
+    run_training(settings, start, text, validation, settings["seed"], folder)
+
+
+def _upcycle(settings: Mapping[str, Any], parent: Path, text: Path, folder: Path) -> Path:
+    """Write the fresh MoE checkpoint below `folder` and return where it is."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from upcycled_moe.conversion.convert import convert
+    from upcycled_moe.conversion.recipe import ConversionRecipe
+    from upcycled_moe.conversion.source import open_source
+
+    recipe = dict(settings["recipe"], seed=settings["seed"])
+    if recipe["calibration_data"]:
+        recipe["calibration_data"] = [str(text)]
+    out = folder / "start"
+    convert(open_source(str(parent)), ConversionRecipe(**recipe), out)
+    if settings["fold_routers"]:
+        import modeling_upcycled_moe  # noqa: F401 (registers the classes)
+
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        model = AutoModelForCausalLM.from_pretrained(out).fold_routers()
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    return out
+
+
+def run_training(
+    settings: Mapping[str, Any], start: Path, text: Path, validation: Path, seed: int, folder: Path
+) -> None:
+    """Train the checkpoint `start` into `folder`, keep its metrics and its model, and delete the rest."""
+    from transformers import AutoConfig
+
+    from upcycled_moe.common.flops import training_flops_per_token
+    from upcycled_moe.conversion.convert import PROVENANCE_FILE
+    from upcycled_moe.train.arguments import build_arguments
+    from upcycled_moe.train.data.blocks import blocks_per_step
+    from upcycled_moe.train.train import train
+
+    model = folder / MODEL_FOLDER
+    arguments = build_arguments(training_settings(settings["training"], start, text, validation, seed, model))
+    train(arguments)
+    state = json.loads((model / "trainer_state.json").read_text(encoding="utf-8"))
+    config = AutoConfig.from_pretrained(model)
+    provenance = start / PROVENANCE_FILE
+    metrics = {
+        "log": state["log_history"],
+        "tokens_per_step": blocks_per_step(arguments.training) * arguments.data.block_size,
+        "num_parameters": _num_parameters(model),
+        "flops_per_token": training_flops_per_token(config, settings["training"]["block_size"]),
+        "upcycling": json.loads(provenance.read_text(encoding="utf-8")) if provenance.is_file() else None,
+    }
+    (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    if start.is_relative_to(folder):
+        shutil.rmtree(start)
+
+
+def _num_parameters(model: Path) -> int:
+    """Return the parameters of a checkpoint; tied ones count once."""
+    from safetensors import safe_open
+
+    with safe_open(model / "model.safetensors", framework="pt") as weights:
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+
+
+def training_settings(
+    training: Mapping[str, Any], start: Path, text: Path, validation: Path, seed: int, out: Path
+) -> dict[str, Any]:
+    """Return the settings of `train.py` for one run: those of the study, its text, and its seed."""
+    return {
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **training,
+        "model_name_or_path": str(start),
+        "output_dir": str(out),
+        "train_data": [str(text)],
+        "eval_data": [str(validation)],
+        # Tokenized once for all runs, then in an order that depends on the seed only.
+        "streaming": False,
+        "seed": seed,
+    }
+
+
+def analyze_method(settings: Mapping[str, Any], inputs: Mapping[str, Path], folder: Path) -> None:
+    """Write the figures of a trained model, by measure and layer."""
+    from upcycled_moe.analysis.analyze import analyze
+    from upcycled_moe.analysis.settings import AnalysisSettings
+
+    report = analyze(
+        [str(inputs[settings["trained"]] / MODEL_FOLDER)],
+        AnalysisSettings(
+            data=[str(inputs[TEXT] / VALIDATION_FILE)],
+            parent=str(inputs[settings["parent"]] / MODEL_FOLDER),
+            **settings["analysis"],
+        ),
+    )
+    (checkpoint,) = report.checkpoints
+    figures = {name: measure.per_layer for name, measure in checkpoint.measures.items()}
+    (folder / ANALYSIS_FILE).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

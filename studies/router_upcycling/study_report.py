@@ -1,0 +1,159 @@
+"""The report of a study: tables in Markdown, pictures of the loss, and `results.json`."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from intervals import Interval
+from loss_pictures import draw_losses
+from study_results import ALL_DOMAINS
+from study_settings import StudySettings
+
+from upcycled_moe.common.files import replacing
+from upcycled_moe.common.numbers import format_count
+from upcycled_moe.common.pictures import INSTALL, can_draw
+
+
+RESULTS_FILE, REPORT_FILE = "results.json", "report.md"
+# Figures of the analysis that the report shows, with their headings; `results.json` has all.
+FIGURES = {
+    "routing_weights.routing_diversity": "routing diversity",
+    "routing_weights.domain_divergence": "domain divergence",
+    "domains.domain_specialization": "domain specialisation",
+    "expert_outputs.expert_output_similarity": "output similarity",
+    "expert_weights.parent_divergence": "distance from parent",
+    "routing.max_violation": "load, largest ÷ mean − 1",
+    "routing.dead_experts": "dead experts",
+    "routing.logit_std": "logit std",
+}
+# Losses differ in the fourth decimal; figures are of any size.
+LOSS_DECIMALS = 4
+
+
+def write_report(study: StudySettings, results: Mapping[str, Any], folder: Path) -> Path:
+    """Write the report of `study` into `folder` and return the path of its page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+    pictures = {}
+    if can_draw():
+        pictures = {
+            parent: draw_losses(found, study.baseline, parent, folder / f"loss_{parent}.png")
+            for parent, found in results["parents"].items()
+        }
+    _write(folder / REPORT_FILE, "\n".join(report_lines(study, results, pictures)) + "\n")
+    return folder / REPORT_FILE
+
+
+def report_lines(study: StudySettings, results: Mapping[str, Any], pictures: Mapping[str, Path]) -> list[str]:
+    """Return the lines of the page."""
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    lines = [
+        f"# {study.title}",
+        "",
+        f"Seeds {', '.join(map(str, study.seeds))}; ± is half of a 95 % confidence interval over them (t "
+        f"distribution{', wide with so few' if len(study.seeds) < 5 else ''}). A difference is paired: both runs of a "
+        "seed saw the same text in the same order. Losses are in nats per token of validation text, without router "
+        "losses. **Bold**: the interval of a difference excludes zero. There are many comparisons and no correction for that.",
+        "",
+        f"{results['wall_seconds'] / 60:.0f} minutes in all. {versions}.",
+    ]
+    if not pictures:
+        lines += ["", f"No pictures: {INSTALL}."]
+    for parent, found in results["parents"].items():
+        lines += ["", *_parent_lines(study, parent, found, pictures.get(parent))]
+    return lines
+
+
+def _parent_lines(study: StudySettings, parent: str, found: Mapping[str, Any], picture: Path | None) -> Iterable[str]:
+    methods = found["methods"]
+    tokens = format_count(next(iter(methods.values()))["tokens"])
+    yield f"## Parent `{parent}`"
+    yield ""
+    yield (
+        f"Trained on {format_count(found['tokens'])} tokens to a loss of "
+        f"{found['loss'][ALL_DOMAINS]:.{LOSS_DECIMALS}f}; each method then on {tokens}."
+    )
+    yield ""
+    yield from _table(
+        ["method", "parameters", "active", "MFLOPs / token", "final loss", f"less {study.baseline}", "s / run"],
+        (_overview_row(method, study.methods[name].title) for name, method in methods.items()),
+    )
+    if picture is not None:
+        yield from ("", f"![Validation loss over tokens, parent {parent}]({picture.name})")
+    domains = [domain for domain in found["loss"] if domain != ALL_DOMAINS]
+    yield from ("", f"Final loss by domain, less that of `{study.baseline}` (whose loss itself is in its row):", "")
+    yield from _table(
+        ["method", *domains],
+        (
+            [method["title"], *(_domain_cell(method, domain, name == study.baseline) for domain in domains)]
+            for name, method in methods.items()
+        ),
+    )
+    routed = {name: method for name, method in methods.items() if method["figures"]}
+    shown = {key: title for key, title in FIGURES.items() if any(key in one["figures"] for one in routed.values())}
+    yield from ("", "What the routers do after training, means over layers and seeds:", "")
+    yield from _table(
+        ["method", "logit std at the start", *shown.values()],
+        (
+            [method["title"], _start_cell(method), *(_figure_cell(method["figures"].get(key)) for key in shown)]
+            for method in routed.values()
+        ),
+    )
+
+
+def _overview_row(method: Mapping[str, Any], title: str) -> list[str]:
+    seconds = [run["seconds"] for run in method["runs"].values()]
+    return [
+        title,
+        format_count(method["total_parameters"]),
+        format_count(method["active_parameters"]),
+        f"{method['flops_per_token'] / 1e6:.1f}",
+        format_interval(Interval(**method["loss"][ALL_DOMAINS])),
+        format_difference(Interval(**method["difference"][ALL_DOMAINS])),
+        f"{sum(seconds) / len(seconds):.0f}",
+    ]
+
+
+def _domain_cell(method: Mapping[str, Any], domain: str, is_baseline: bool) -> str:
+    if is_baseline:
+        return format_interval(Interval(**method["loss"][domain]))
+    return format_difference(Interval(**method["difference"][domain]))
+
+
+def _start_cell(method: Mapping[str, Any]) -> str:
+    values = [run["initial_logit_std"] for run in method["runs"].values()]
+    return "" if None in values else f"{sum(values) / len(values):.3g}"
+
+
+def _figure_cell(interval: Mapping[str, float] | None) -> str:
+    return "" if interval is None else f"{interval['mean']:.3g}{_half_width(interval['half_width'], '.2g')}"
+
+
+def format_interval(interval: Interval) -> str:
+    """Return a loss as `3.1234 ± 0.0123`."""
+    return f"{interval.mean:.{LOSS_DECIMALS}f}{_half_width(interval.half_width, f'.{LOSS_DECIMALS}f')}"
+
+
+def format_difference(interval: Interval) -> str:
+    """Return a difference with its sign, bold if its interval excludes zero; empty for the baseline's own."""
+    if interval.mean == 0 and not interval.half_width:
+        return ""
+    text = f"{interval.mean:+.{LOSS_DECIMALS}f}{_half_width(interval.half_width, f'.{LOSS_DECIMALS}f')}"
+    return f"**{text}**" if interval.excludes_zero else text
+
+
+def _half_width(half_width: float | None, form: str) -> str:
+    return "" if half_width is None else f" ± {half_width:{form}}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
+    yield f"| {' | '.join(header)} |"
+    yield f"|{'---|' * len(header)}"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")

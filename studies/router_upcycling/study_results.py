@@ -1,0 +1,148 @@
+"""What a study found: the runs as they were, and what follows from them over seeds.
+
+Losses are those of language modeling, in nats per token of validation text.
+"""
+
+import json
+import platform
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import stages
+from intervals import mean_interval, paired_difference
+from plan import analysis_task, training_task
+from study_settings import Method, StudySettings
+from tasks import TASK_FILE, Task, busy_seconds
+
+
+RESULTS_FORMAT = 1
+PACKAGES = ("upcycled-moe", "torch", "transformers")
+ALL_DOMAINS = "all"
+
+
+def collect_results(study: StudySettings, tasks: Sequence[Task], output: Path) -> dict[str, Any]:
+    """Return all results of `study`, whose `tasks` are done, for JSON."""
+    return {
+        "format": RESULTS_FORMAT,
+        "settings": asdict(study),
+        "wall_seconds": busy_seconds(tasks, output),
+        "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
+        "versions": {package: version(package) for package in PACKAGES},
+        "parents": {parent: _parent_results(study, parent, output) for parent in study.parents},
+    }
+
+
+def _parent_results(study: StudySettings, parent: str, output: Path) -> dict[str, Any]:
+    folder = output / stages.parent_task(parent)
+    metrics = _read(folder / stages.METRICS_FILE)
+    methods = {
+        name: _method_runs(study, parent, name, method, output) for name, method in study.methods_of(parent).items()
+    }
+    baseline = methods[study.baseline]["runs"]
+    for method in methods.values():
+        method["loss"] = _intervals(method["runs"])
+        method["difference"] = _differences(method["runs"], baseline)
+        method["figures"] = _figure_intervals(method["runs"])
+    return {
+        "tokens": _num_tokens(metrics),
+        "loss": curve_of(metrics)[-1]["loss"],
+        "seconds": _seconds(folder),
+        "methods": methods,
+    }
+
+
+def _method_runs(study: StudySettings, parent: str, name: str, method: Method, output: Path) -> dict[str, Any]:
+    """Return the runs of a method by seed, and what is the same for all of them."""
+    runs = {}
+    for seed in study.seeds:
+        folder = output / training_task(parent, name, seed)
+        metrics = _read(folder / stages.METRICS_FILE)
+        curve = curve_of(metrics)
+        runs[seed] = {"loss": curve[-1]["loss"], "curve": curve, "figures": {}, "seconds": _seconds(folder)}
+        if method.recipe is not None:
+            figures = _read(output / analysis_task(parent, name, seed) / stages.ANALYSIS_FILE)
+            runs[seed]["figures"] = {
+                f"{measure}.{figure}": _mean(values)
+                for measure, per_layer in figures.items()
+                for figure, values in per_layer.items()
+            }
+            runs[seed]["initial_logit_std"] = _initial_logit_std(metrics["upcycling"])
+    return {
+        "title": method.title,
+        "tokens": _num_tokens(metrics),
+        "flops_per_token": metrics["flops_per_token"],
+        "total_parameters": _parameters(metrics, "total_parameters"),
+        "active_parameters": _parameters(metrics, "active_parameters"),
+        "runs": runs,
+    }
+
+
+def curve_of(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the evaluations of a run: tokens seen, and the loss of each domain and of all."""
+    by_step: dict[int, dict[str, float]] = {}
+    for entry in metrics["log"]:
+        for key, value in entry.items():
+            if match := re.fullmatch(r"eval_(?:(\w+)_)?loss", key):
+                by_step.setdefault(entry["step"], {})[match[1] or ALL_DOMAINS] = value
+    return [{"tokens": step * metrics["tokens_per_step"], "loss": by_step[step]} for step in sorted(by_step)]
+
+
+def _differences(runs: Mapping[int, Any], baseline: Mapping[int, Any]) -> dict[str, Any]:
+    """Return the final losses of `runs` less those of `baseline`, paired by seed, with their intervals."""
+    return {
+        domain: asdict(paired_difference(_losses(runs, domain), _losses(baseline, domain)))
+        for domain in _domains(runs)
+    }
+
+
+def _intervals(runs: Mapping[int, Any]) -> dict[str, Any]:
+    """Return the final loss of each domain and of all, with its interval over seeds."""
+    return {domain: asdict(mean_interval(list(_losses(runs, domain).values()))) for domain in _domains(runs)}
+
+
+def _domains(runs: Mapping[int, Any]) -> Iterable[str]:
+    return next(iter(runs.values()))["loss"]
+
+
+def _losses(runs: Mapping[int, Any], domain: str) -> dict[int, float]:
+    return {seed: run["loss"][domain] for seed, run in runs.items()}
+
+
+def _figure_intervals(runs: Mapping[int, Any]) -> dict[str, Any]:
+    """Return mean and interval over seeds of each figure that all runs have."""
+    names = next(iter(runs.values()))["figures"]
+    values = {name: [run["figures"].get(name) for run in runs.values()] for name in names}
+    return {name: asdict(mean_interval(found)) for name, found in values.items() if None not in found}
+
+
+def _initial_logit_std(upcycling: Mapping[str, Any]) -> float | None:
+    """Return the standard deviation of the fresh routers' logits, a mean over layers, where it was measured."""
+    reports = upcycling["routers"]
+    return None if reports is None else _mean([report["logit_std"] for report in reports])
+
+
+def _parameters(metrics: Mapping[str, Any], name: str) -> int:
+    """Return a number of parameters; of a dense model all are active."""
+    return metrics["num_parameters"] if metrics["upcycling"] is None else metrics["upcycling"][name]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _num_tokens(metrics: Mapping[str, Any]) -> int:
+    return curve_of(metrics)[-1]["tokens"]
+
+
+def _seconds(folder: Path) -> float:
+    content = _read(folder / TASK_FILE)
+    return content["ended"] - content["began"]
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
