@@ -63,7 +63,7 @@ def _files_by_tensor(model: str, folder: Path) -> dict[str, Path]:
             return {name: folder / file for name, file in weight_map.items()}
         with safe_open(folder / _SINGLE, framework="pt") as file:
             return dict.fromkeys(file.keys(), folder / _SINGLE)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SettingsError(f"{model}: not a checkpoint in safetensors ({_reason(error)})") from error
 
 

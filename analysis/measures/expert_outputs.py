@@ -96,7 +96,8 @@ class ExpertOutputs(Measure):
         self._cosines[number] += directions @ directions.T
         self._num_pairs[number] += is_nonzero @ is_nonzero.T
         total = squares.sum(dim=0)  # [T]
-        spread = 1 - len(outputs) * outputs.mean(dim=0).square().sum(dim=-1) / total
+        # Less than zero by rounding only.
+        spread = (1 - len(outputs) * outputs.mean(dim=0).square().sum(dim=-1) / total).clamp(min=0.0)
         self._spread[number] += torch.where(total > 0, spread, 0.0).sum()
         self._num_spreads[number] += (total > 0).sum()
 
