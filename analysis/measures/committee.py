@@ -172,7 +172,7 @@ def audit(weights: torch.Tensor, num_top: int) -> Audit:
         standing_coverage=standing_coverage,
         committee_size=int(committee.sum()),
         committee_coverage=coverage,
-        committee_density=_density(coverage, int(committee.sum()), num_experts),
+        committee_density=_density(of_domain.mean(dim=0), committee),
     )
 
 
@@ -220,9 +220,8 @@ def _gini(distributions: torch.Tensor) -> torch.Tensor:
     return (distributions.sort(dim=-1).values * (2 * places - num_experts - 1)).sum(dim=-1) / num_experts
 
 
-def _density(coverage: float, size: int, num_experts: int) -> float | None:
-    """Return the mean weight of a member over that of the others; None without members or weight of others."""
-    others = 1 - coverage
-    if size == 0 or math.isclose(others, 0, abs_tol=1e-9):
+def _density(weights: torch.Tensor, committee: torch.Tensor) -> float | None:
+    """Return the mean of members' `weights` [E] over that of the others; None without members or weight of others."""
+    if not committee.any() or not weights[~committee].any():
         return None
-    return (coverage / size) / (others / (num_experts - size))
+    return (weights[committee].mean() / weights[~committee].mean()).item()

@@ -46,6 +46,14 @@ def test_an_expert_in_every_token_is_load_and_no_pairing():
     assert figures["co_activation_by_load"] == pytest.approx(figures["co_activation"], abs=0.01)
 
 
+def test_tokens_with_one_expert_have_no_pairs():
+    result = measured(CoActivation, subject(1, 3, 1), _tokens([[0], [1], [1]], num_experts=3))
+
+    assert list(result.per_layer.values()) == [[None], [None]]
+    assert result.tables["co_activation"] == [[[None, 0.0, 0.0], [0.0, None, 0.0], [None, None, None]]]
+    assert len(result.notes) == 1
+
+
 @pytest.mark.parametrize("num_top", [2, 3])
 def test_shares_equal_the_naive_count(num_top):
     num_experts = 5

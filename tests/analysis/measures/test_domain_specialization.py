@@ -30,6 +30,13 @@ def test_uneven_but_alike_is_no_specialisation():
     assert result.per_layer["largest_specialization"] == pytest.approx([4 * 2 / 3])
 
 
+def test_one_domain_has_no_other_to_specialise_against():
+    result = measured(DomainSpecialization, subject(1, 4, 1), routed(0, [[0], [1]], [[1.0]] * 2, torch.zeros(2, 4)))
+
+    assert result.per_layer == {"domain_specialization": [None], "largest_specialization": [2.0]}
+    assert len(result.notes) == 1
+
+
 @pytest.mark.parametrize("num_top", [1, 3])
 def test_figures_equal_the_naive_count(num_top):
     num_experts = 6

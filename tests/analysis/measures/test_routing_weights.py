@@ -52,8 +52,9 @@ def _naive(batches, num_experts):
 
 @pytest.mark.parametrize("num_experts", [4, 9])
 @pytest.mark.parametrize("num_top", [1, 3])
-def test_figures_equal_the_naive_count(num_experts, num_top):
-    batches = [random_tokens(domain, 30 + 20 * domain, num_experts, num_top, domain, unused=1) for domain in range(5)]
+@pytest.mark.parametrize("unused", [0, 1])
+def test_figures_equal_the_naive_count(num_experts, num_top, unused):
+    batches = [random_tokens(d, 30 + 20 * d, num_experts, num_top, seed=d, unused=unused) for d in range(5)]
 
     result = measured(RoutingWeights, subject(5, num_experts, num_top), *batches)
 
