@@ -108,9 +108,7 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
             index = re.search(r"layers\.(\d+)\.", f"{name}.")
             layers.append(MoeLayer(int(index[1]) if index else len(layers), module.gate, experts, model.config))
     if not layers:
-        raise SettingsError(
-            f"a model of type {model.config.model_type} has no MoE layer that can be looked into; {_WAY_OUT}"
-        )
+        raise SettingsError(f"{model.config.model_type} models have no MoE layer that can be looked into; {_WAY_OUT}")
     return layers
 
 

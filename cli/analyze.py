@@ -152,7 +152,8 @@ def print_analysis(report: "AnalysisReport", out: str) -> None:
 
     console = stdout_console()
     num_tokens = sum(report.checkpoints[0].num_tokens.values())
-    title = f"Means over layers ({num_tokens:,} tokens of {len(report.domains)} domains)"
+    domains = f"{len(report.domains)} domain{'s' * (len(report.domains) > 1)}"
+    title = f"Means over layers ({num_tokens:,} tokens of {domains})"
     rows = {row.figure.title: row.values for row in summary(report)}
     console.print(_figures_table(title, [checkpoint.name for checkpoint in report.checkpoints], rows))
     if report.comparisons:

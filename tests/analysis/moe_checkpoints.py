@@ -41,7 +41,7 @@ SHAPE = {
 ROUTED = {"num_experts": 4, "moe_intermediate_size": 24}
 OURS = (UpcycledQwenMoeConfig, UpcycledQwenMoeForCausalLM)
 KINDS = {
-    "linear": (*OURS, ROUTED),
+    "linear": (*OURS, {**ROUTED, "router_type": "linear"}),
     # The first layer is dense.
     "mixture": (
         *OURS,
