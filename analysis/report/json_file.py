@@ -20,14 +20,15 @@ def rounded(content: Any) -> Any:
 
 
 def format_json(content: Any, indent: str = "") -> str:
-    """Return `content` as JSON, where a list that holds no other list or object stands on one line."""
+    """Return `content` as JSON; a list or object that holds no other stands on one line."""
     inner = f"{indent} "
-    if isinstance(content, dict) and content:
+    values = content.values() if isinstance(content, dict) else content
+    if not isinstance(content, dict | list) or not any(isinstance(value, dict | list) for value in values):
+        return _scalar(content)
+    if isinstance(content, dict):
         rows = [f"{inner}{_scalar(key)}: {format_json(value, inner)}" for key, value in content.items()]
         return "{\n" + ",\n".join(rows) + f"\n{indent}}}"
-    if isinstance(content, list) and any(isinstance(value, dict | list) for value in content):
-        return "[\n" + ",\n".join(inner + format_json(value, inner) for value in content) + f"\n{indent}]"
-    return _scalar(content)
+    return "[\n" + ",\n".join(inner + format_json(value, inner) for value in content) + f"\n{indent}]"
 
 
 def _scalar(content: Any) -> str:

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from ..results import AnalysisReport, CheckpointResult
 from .charts import LayerChart, comparison_charts, measure_charts
 from .colors import gradient
+from .listings import Listing, listings
 from .scales import format_number
 from .summary import SummaryRow, summary
 from .svg import NUM_DOMAIN_STYLES, NUM_STYLES, bar_axis, grouped_bars, heat_map, line_chart
@@ -42,6 +43,7 @@ class Section:
     notes: list[tuple[str, list[str]]]
     charts: list[LayerChart]
     tables: list[DrawnTable]
+    listings: list[Listing]
 
 
 def render_page(report: AnalysisReport) -> str:
@@ -95,6 +97,7 @@ def _section(report: AnalysisReport, measure: str, rows: Sequence[SummaryRow]) -
         notes=[(note, [] if len(names) == len(with_measure) else names) for note, names in notes.items()],
         charts=measure_charts(report, [row for row in rows if row.measure == measure]),
         tables=drawn_tables(report, measure),
+        listings=listings(report, measure),
     )
 
 

@@ -73,8 +73,17 @@ def format_number(value: float | None) -> str:
     if not 1e-4 <= abs(value) < 1e6:
         mantissa, _, exponent = f"{value:.2e}".partition("e")
         return _with_minus(f"{mantissa}e{int(exponent)}")
-    decimals = max(2 - math.floor(math.log10(abs(value))), 0)
-    return _with_minus(f"{value:,.{decimals}f}")
+    return _with_minus(f"{value:,.{_decimals(value)}f}")
+
+
+def format_like(value: float, largest: float) -> str:
+    """Return `value` with as many decimals as three digits of `largest` have, so that a grid of numbers is even."""
+    return _with_minus(f"{value:.{min(_decimals(largest), 4)}f}")
+
+
+def _decimals(value: float) -> int:
+    """Return after how many decimals `value`, rounded to them, has three significant digits."""
+    return max(2 - int(f"{value:.2e}".partition("e")[2]), 0)
 
 
 def _round_step(span: float) -> float:

@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 from .charts import LayerChart, Series
 from .colors import color_at, heat_image, is_light
-from .scales import Axis, format_number, index_axis, value_axis
+from .scales import Axis, format_like, format_number, index_axis, value_axis
 from .tables import Grid
 
 
@@ -184,17 +184,18 @@ def _cells(grid: Grid, width: float, height: float) -> Markup:
         ):
             if math.isnan(value):
                 continue
-            x, text = column * width, format_number(value)
+            x, where = column * width, f"{row_label}, {columns[column]}"
             # Not by `Markup.format`, which is too slow for thousands. A little wider than the cell, or the page
             # shines through between two.
             cells.append(
                 f'<rect x="{x:.1f}" y="{y:.1f}" width="{width + 0.3:.1f}" height="{height + 0.3:.1f}" '
-                f'fill="{color_at(share)}"><title>{row_label}, {columns[column]}: {text}</title></rect>'
+                f'fill="{color_at(share)}"><title>{where}: {format_number(value)}</title></rect>'
             )
             if has_text:
                 style = "on-light" if is_light(share) else "on-dark"
                 cells.append(
-                    f'<text class="{style}" x="{x + width / 2:.1f}" y="{y + height / 2 + 3.5:.1f}">{text}</text>'
+                    f'<text class="{style}" x="{x + width / 2:.1f}" y="{y + height / 2 + 3.5:.1f}">'
+                    f"{format_like(value, grid.high)}</text>"
                 )
     return Markup("".join(cells))
 

@@ -43,7 +43,7 @@ VIEWS = {
     ),
     ("domains", "specialization"): TableView("Share of a domain's tokens that select an expert", _BY_DOMAIN),
     ("committee", "presence"): TableView("Share of domains with the expert among the top ones", _PER_EXPERT),
-    ("committee", "committee"): TableView("Members of the standing committee: 1", _PER_EXPERT),
+    ("committee", "committee"): TableView("Members of the standing committee: 1, all others: 0", _PER_EXPERT),
     ("co_activation", "co_activation"): TableView("Share of the row's tokens that select the column too", _PAIRS),
     ("expert_outputs", "similarity"): TableView("Cosine similarity of expert outputs", _PAIRS),
     ("expert_weights", "similarity"): TableView("Cosine similarity of expert weights", _PAIRS),
@@ -140,7 +140,7 @@ def drawn_table(report: AnalysisReport, measure: str, name: str) -> DrawnTable |
         array = _as_array(result.tables.get(name)) if result else None
         view = None if array is None else _view_of(measure, name, array.shape, checkpoint)
         if view:
-            arrays[number], views[number] = array, view
+            arrays[number], views[number] = _without_diagonal(array) if view.axes == _PAIRS else array, view
     if not arrays:
         return None
     view = next(iter(views.values()))
@@ -195,22 +195,23 @@ def _as_array(content: Any) -> np.ndarray | None:
     return None if np.isnan(array).all() else array
 
 
+def _without_diagonal(array: np.ndarray) -> np.ndarray:
+    """Return pairs [L, E, E] without those of an expert with itself, whose ones would stretch the colour scale."""
+    return np.where(np.eye(array.shape[-1], dtype=bool), np.nan, array)
+
+
 def _view_of(measure: str, table: str, shape: tuple[int, ...], checkpoint: CheckpointResult) -> TableView | None:
     """Return how to draw a table, one that this version does not know by its shape; None if it is not drawn."""
     num_layers, num_domains, num_experts = len(checkpoint.layers), len(checkpoint.num_tokens), checkpoint.num_experts
-    # Some tables have no numbers for experts without computation, which come last.
-    sizes = {"layer": {num_layers}, "domain": {num_domains}, "expert": set(range(1, num_experts + 1))}
-    if (measure, table) in NOT_DRAWN:
+    if (measure, table) in NOT_DRAWN or shape[:1] != (num_layers,):
         return None
-    view = VIEWS.get((measure, table)) or TableView(table.replace("_", " ").capitalize(), _guessed_axes(shape))
-    fits = len(shape) == len(view.axes) and all(
-        size in sizes[axis] for size, axis in zip(shape, view.axes, strict=True)
-    )
-    return view if fits else None
-
-
-def _guessed_axes(shape: tuple[int, ...]) -> tuple[str, ...]:
-    """Return what a table of this shape is most likely to count; nothing if it has neither two axes nor three."""
-    if len(shape) == 3:
-        return _PAIRS if shape[1] == shape[2] else _BY_DOMAIN
-    return _PER_EXPERT if len(shape) == 2 else ()
+    sizes = {"layer": num_layers, "domain": num_domains, "expert": num_experts}
+    view = VIEWS.get((measure, table))
+    if view is None:
+        fitting = (axes for axes in (_PER_EXPERT, _PAIRS, _BY_DOMAIN) if shape == tuple(sizes[axis] for axis in axes))
+        axes = next(fitting, None)
+        return TableView(table.replace("_", " ").capitalize(), axes) if axes else None
+    if view.axes != _BY_DOMAIN:
+        # Some have no numbers for experts without computation, which come last.
+        sizes["expert"] = min(shape[-1], num_experts)
+    return view if shape == tuple(sizes[axis] for axis in view.axes) else None
