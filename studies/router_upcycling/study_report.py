@@ -54,7 +54,7 @@ def report_lines(study: StudySettings, results: Mapping[str, Any], pictures: Map
         f"Seeds {', '.join(map(str, study.seeds))}; ± is half of a 95 % confidence interval over them (t "
         f"distribution{', wide with so few' if len(study.seeds) < 5 else ''}). A difference is paired: both runs of a "
         "seed saw the same text in the same order. Losses are in nats per token of validation text, without router "
-        "losses. **Bold**: the interval of a difference excludes zero. There are many comparisons and no correction for that.",
+        "losses. **Bold**: the interval of a difference excludes zero. Nothing corrects for how many there are.",
         "",
         f"{results['wall_seconds'] / 60:.0f} minutes in all. {versions}.",
     ]

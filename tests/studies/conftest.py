@@ -2,6 +2,7 @@
 
 import json
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pyarrow
@@ -41,9 +42,9 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def settings() -> dict:
-    """A study of two methods and two seeds, as its file would say it."""
+@pytest.fixture(scope="session")
+def study_template() -> dict:
+    """A study of three methods and two seeds, as its file would say it."""
     return {
         "title": "A test",
         "text": {
@@ -91,6 +92,12 @@ def settings() -> dict:
         "seeds": [1, 2],
         "analysis": {"tokens_per_domain": 128, "block_size": 32},
     }
+
+
+@pytest.fixture
+def settings(study_template) -> dict:
+    """The study, to be changed."""
+    return deepcopy(study_template)
 
 
 @pytest.fixture

@@ -2,91 +2,125 @@
 
 import json
 import re
+from itertools import islice
 
 import pytest
 import stages
+import yaml
 from plan import study_tasks, training_task
 from run import main
-from study_results import collect_results
 from study_settings import load_study
 from tasks import run_tasks, tasks_to_do
 
 from upcycled_moe.train.arguments import build_arguments
-from upcycled_moe.train.data.blocks import ResumableBlocks
 from upcycled_moe.train.data.sources import training_blocks
 from upcycled_moe.train.model import load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """What `run.py` sets for its workers, restored afterwards."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE", "TRANSFORMERS_VERBOSITY"):
-            patch.delenv(name, raising=False)
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture
-def config(settings, write_config):
-    return write_config(settings)
-
-
-@pytest.fixture(scope="module")
-def output(tmp_path_factory):
-    return tmp_path_factory.mktemp("study")
 
 
 def run_study(config, data, output) -> int:
     return main([str(config), "--data", str(data), "--output", str(output)])
 
 
-@pytest.mark.usefixtures("environment")
-def test_study_runs_reports_and_resumes(config, settings, write_config, data, output, capfd):
-    assert run_study(config, data, output) == 0
-    assert "] analysis/gqa/folded/seed_2, " in capfd.readouterr().out
-    results = json.loads((output / "report" / "results.json").read_text())
-    methods = results["parents"]["gqa"]["methods"]
+@pytest.fixture(scope="module")
+def output(study_template, data, tmp_path_factory):
+    """The folder of the finished study, run by two workers."""
+    folder = tmp_path_factory.mktemp("study")
+    config = folder / "study.yaml"
+    config.write_text(yaml.safe_dump(study_template, sort_keys=False), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        # Set by the run for its workers, and put back afterwards.
+        for name in (
+            *("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE"),
+            "TRANSFORMERS_VERBOSITY",
+        ):
+            patch.setenv(name, "")
+        assert run_study(config, data, folder / "out") == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def tasks_of(write_config, data):
+    """The tasks of a study with these settings."""
+    return lambda settings: study_tasks(load_study(write_config(settings)), data)
+
+
+@pytest.fixture
+def methods(output) -> dict:
+    return json.loads((output / "report" / "results.json").read_text())["parents"]["gqa"]["methods"]
+
+
+def test_every_method_has_its_runs_and_intervals(methods):
     assert list(methods) == ["dense", "vanilla", "folded"]
     for method in methods.values():
         assert [point["tokens"] for point in method["runs"]["1"]["curve"]] == [2 * 4 * 32, 4 * 4 * 32]
         assert set(method["loss"]) == {"fiction", "travel", "all"}
-    # Top-2 of 4: two idle experts a layer. A folded mixture has as many parameters as a random linear router.
-    idle = 2 * 3 * 32 * 32
-    assert methods["vanilla"]["total_parameters"] - methods["vanilla"]["active_parameters"] == idle
     assert methods["vanilla"]["runs"]["1"]["loss"] != methods["vanilla"]["runs"]["2"]["loss"]
-    assert methods["folded"]["figures"]["routing.entropy"]["mean"] > 0
     assert methods["vanilla"]["difference"]["all"] == {"mean": 0.0, "half_width": 0.0}
-    report = (output / "report" / "report.md").read_text()
-    assert re.search(r"^\| Folded \| .* ± ", report, re.MULTILINE)
-    assert (output / "report" / "loss_gqa.png").stat().st_size > 1000
-    # Trained models go once they were looked into; parents stay.
-    assert not list((output / "train").rglob("*.safetensors"))
-    assert list((output / "parent").rglob("model.safetensors"))
+    assert methods["folded"]["difference"]["all"]["half_width"] > 0
 
-    tasks = study_tasks(load_study(config), data)
-    assert tasks_to_do(tasks, output) == []
+
+def test_parameters_and_figures_are_those_of_the_model(methods):
+    # One layer, two of four experts idle, three matrices of 32 by 32 each.
+    vanilla = methods["vanilla"]
+    assert vanilla["total_parameters"] - vanilla["active_parameters"] == 2 * 3 * 32 * 32
+    assert methods["dense"]["active_parameters"] == methods["dense"]["total_parameters"]
+    assert 0 < vanilla["figures"]["routing.entropy"]["mean"] <= 1.387  # ln 4
+    assert methods["dense"]["figures"] == {}
+
+
+def test_report_has_a_row_a_method_and_pictures(output):
+    report = (output / "report" / "report.md").read_text()
+    assert re.search(r"^\| Folded \|.* \d\.\d{4} ± \d\.\d{4} \|.*[+-]\d\.\d{4} ± ", report, re.MULTILINE)
+    assert (output / "report" / "loss_gqa.png").read_bytes().startswith(b"\x89PNG")
+    assert "](loss_gqa.png)" in report
+
+
+def test_trained_models_go_and_parents_stay(output):
+    assert not list((output / "train").rglob("*.safetensors"))
+    assert (output / "parent" / "gqa" / stages.WEIGHTS_FILE).exists()
+
+
+def test_a_finished_study_has_nothing_to_do_and_a_changed_method_only_its_own_runs(output, settings, tasks_of):
+    assert tasks_to_do(tasks_of(settings), output) == []
     settings["methods"]["folded"]["settings"]["router_logit_std"] = 1.0
-    changed = study_tasks(load_study(write_config(settings)), data)
-    assert [task.name for task in tasks_to_do(changed, output)] == [
+    assert [task.name for task in tasks_to_do(tasks_of(settings), output)] == [
         f"{kind}/gqa/folded/seed_{seed}" for seed in (1, 2) for kind in ("train", "analysis")
     ]
-    check_same_result_in_one_worker(settings, changed, output, methods)
 
 
-def check_same_result_in_one_worker(settings, tasks, output, methods):
-    """Run the dense method again, alone in one process: a result does not depend on what else ran."""
-    name = training_task("gqa", "dense", 2)
+def test_methods_of_one_seed_see_the_same_blocks_in_the_same_order(output, settings, tasks_of, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(output / "cache"))
+    model = output / "parent" / "gqa" / stages.MODEL_FOLDER
+
+    def blocks(method: str, seed: int) -> list:
+        (task,) = [task for task in tasks_of(settings) if task.name == training_task("gqa", method, seed)]
+        files = [output / "text" / name for name in (stages.UPCYCLING_FILE, stages.VALIDATION_FILE)]
+        run = stages.training_settings(task.settings["training"], model, *files, task.settings["seed"], output / "x")
+        _, data_args, training_args, *_ = build_arguments(run)
+        packed = training_blocks(data_args, load_tokenizer(build_arguments(run).model), training_args.seed)
+        return [block["input_ids"] for block in islice(packed, 8)]
+
+    assert blocks("vanilla", 1) == blocks("dense", 1) == blocks("folded", 1)
+    assert blocks("vanilla", 1) != blocks("vanilla", 2)
+
+
+@pytest.mark.slow
+def test_a_run_does_not_depend_on_what_ran_before(output, settings, tasks_of, methods):
+    name = training_task("gqa", "folded", 2)
+    tasks = [
+        task
+        for task in tasks_of(settings)
+        if task.name == name or task.name.split("/")[0] not in ("train", "analysis")
+    ]
     (output / name / "task.json").unlink()
-    wanted = [task for task in tasks if task.name == name or not task.name.startswith(("train/", "analysis/"))]
-    run_tasks(wanted, output, 1, announce=lambda line: None)
+    run_tasks(tasks, output, 1, keep_bulky=True, announce=lambda line: None)
     metrics = json.loads((output / name / stages.METRICS_FILE).read_text())
     losses = [entry["eval_loss"] for entry in metrics["log"] if "eval_loss" in entry]
-    assert losses == [point["loss"]["all"] for point in methods["dense"]["runs"]["2"]["curve"]]
+    assert losses == [point["loss"]["all"] for point in methods["folded"]["runs"]["2"]["curve"]]
 
 
-def test_wrong_settings_end_with_one_line(config, tmp_path, settings, write_config, data, capsys):
-    assert run_study(config, tmp_path / "nowhere", tmp_path / "out") == 2
+def test_wrong_settings_end_with_one_line(settings, write_config, tmp_path, data, capsys):
+    assert run_study(write_config(settings), tmp_path / "nowhere", tmp_path / "out") == 2
     assert capsys.readouterr().err.count("\n") == 1
     settings["sedes"] = 1
     assert run_study(write_config(settings), data, tmp_path / "out") == 2
