@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
-from . import analyze, convert, plan, verify
+from . import analyze, convert, evaluate, plan, verify
 
 
-COMMANDS = (plan, convert, verify, analyze)
+COMMANDS = (plan, convert, verify, analyze, evaluate)
 
 EPILOG = """\
 examples:
@@ -23,6 +23,7 @@ examples:
   upcycled-moe convert Qwen/Qwen2.5-0.5B ./moe --num-experts 8 --num-experts-per-tok 2 --calibration-data text.parquet
   upcycled-moe convert ./moe --recipe router_upcycling_8x0.5b
   upcycled-moe verify Qwen/Qwen2.5-0.5B ./moe
+  upcycled-moe evaluate Qwen/Qwen2.5-0.5B ./moe --limit 100
   upcycled-moe analyze ./moe ./vanilla --data text/ --output report
   upcycled-moe plan ./moe --train run.yaml max_steps=1000 --accelerate fsdp2.yaml --gpu h100
 """

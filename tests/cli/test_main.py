@@ -122,6 +122,26 @@ COMMANDS = {
         "--dtype",
         "--trust-remote-code",
     ],
+    "evaluate": [
+        "CKPT",
+        "-h",
+        "--help",
+        "--batch-size",
+        "--dtype",
+        "--trust-remote-code",
+        "--output",
+        "--overwrite",
+        "--json",
+        "--tasks",
+        "--offline-data",
+        "--limit",
+        "--perplexity-data",
+        "--split",
+        "--text-column",
+        "--domain-column",
+        "--tokens-per-domain",
+        "--block-size",
+    ],
 }
 
 
