@@ -92,7 +92,8 @@ def load_tokenizer(model: str, *, revision: str | None = None) -> PreTrainedToke
         SettingsError: if there is none.
     """
     with _loading(model):
-        return transformers.AutoTokenizer.from_pretrained(model, revision=revision or "main")
+        # Unless told, it asks at the terminal whether to run the code of the model, which it needs for nothing.
+        return transformers.AutoTokenizer.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
 
 
 def check_exists(model: str) -> None:
