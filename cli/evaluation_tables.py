@@ -21,7 +21,8 @@ def print_report(report: EvaluationReport) -> None:
         console.print(tasks_table(report))
     if report.checkpoints[0].domains:
         console.print(perplexity_table(report))
-    for note in report.notes:
+    legend = "± is the standard error" + (f", {BEST} the best of a row." if len(report.checkpoints) > 1 else ".")
+    for note in (legend, *report.notes):
         console.print(note, soft_wrap=True, markup=False)
 
 
@@ -29,8 +30,7 @@ def tasks_table(report: EvaluationReport) -> "Table":
     """Return the tasks, and below them the averages."""
     names = [checkpoint.name for checkpoint in report.checkpoints]
     columns = ("Task", "Metric", "Items", "Chance", *names)
-    mark = f" ({BEST} best of the row)" if len(names) > 1 else ""
-    table = results_table(f"Tasks: % ± standard error{mark}", *columns, numbers=columns[2:])
+    table = results_table("Tasks, %", *columns, numbers=columns[2:])
     for info in report.tasks:
         scores = [checkpoint.tasks[info.name][info.metric] for checkpoint in report.checkpoints]
         cells = _accuracies(scores) if info.metric in ACCURACIES else [_number(score) for score in scores]
@@ -48,20 +48,18 @@ def tasks_table(report: EvaluationReport) -> "Table":
 def perplexity_table(report: EvaluationReport) -> "Table":
     """Return the domains; the best is the one with the fewest bits per byte, whatever its tokens are."""
     names = [checkpoint.name for checkpoint in report.checkpoints]
-    mark = f" ({BEST} best of the row)" if len(names) > 1 else ""
-    title = f"Perplexity ± standard error, bits per byte{mark}"
-    table = results_table(title, "Domain", "Tokens", *names, numbers=("Tokens", *names))
+    table = results_table("Perplexity, bits per byte", "Domain", "Tokens", *names, numbers=("Tokens", *names))
     for domain in report.checkpoints[0].domains:
         row = [checkpoint.domains[domain] for checkpoint in report.checkpoints]
         counts = sorted({loss.num_tokens for loss in row})
-        marks = _marks([-loss.bits_per_byte for loss in row])
+        marks = _marks([-round(loss.bits_per_byte, 3) for loss in row])
         cells = [_perplexity(loss) + mark for loss, mark in zip(row, marks, strict=True)]
         table.add_row(domain, " to ".join(f"{count:,}" for count in counts), *cells)
     return table
 
 
 def _accuracies(scores: Sequence[Score]) -> list[str]:
-    marks = _marks([score.value for score in scores])
+    marks = _marks([round(100 * score.value, 1) for score in scores])
     return [
         f"{100 * score.value:.1f}" + ("" if score.stderr is None else f" ± {100 * score.stderr:.1f}") + mark
         for score, mark in zip(scores, marks, strict=True)
@@ -82,10 +80,11 @@ def _perplexity(loss: DomainLoss) -> str:
 
 
 def _marks(values: Sequence[float]) -> list[str]:
-    """Return the mark of each value: of the largest ones, or of none if there is nothing to compare."""
+    """Return the mark of each value, as it is shown: of the largest ones, or of none if all are."""
     if len(values) == 1:
         return [""]
-    return [BEST if value == max(values) else " " for value in values]
+    best = max(values)
+    return [BEST if best == value > min(values) else " " for value in values]
 
 
 def _size(info: TaskInfo) -> str:

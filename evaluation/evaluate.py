@@ -187,12 +187,16 @@ def _notes(
         )
         if tasks.left_out:
             notes.append(f"Not in the offline data, and in no average: {', '.join(tasks.left_out)}.")
+    cut_by: dict[str, list[str]] = {}
     for result in results:
-        if result.num_truncated:
-            cut = ", ".join(f"{count} of {name}" for name, count in sorted(result.num_truncated.items()))
-            notes.append(f"Prompts longer than the positions of {result.name}, cut from the left: {cut}.")
-    if settings.perplexity_data and len({result.tokenizer for result in results}) > 1:
-        notes.append("Tokenizers differ: compare bits per byte, not perplexity.")
+        if cut := ", ".join(f"{count} of {name}" for name, count in sorted(result.num_truncated.items())):
+            cut_by.setdefault(cut, []).append(result.name)
+    notes += [
+        f"Prompts longer than the positions of {', '.join(names)}, cut from the left: {cut}."
+        for cut, names in cut_by.items()
+    ]
+    if len({result.tokenizer for result in results}) > 1:
+        notes.append("Tokenizers differ: the same text is other tokens; compare bits per byte, not perplexity.")
     return notes
 
 
