@@ -8,8 +8,8 @@ from ..saturation import FIGURES as COMPARISON_FIGURES
 from .summary import SummaryRow, undefined_figure
 
 
-# How the name of a figure ends that says what another would be by chance; both are drawn in one chart.
-BASELINE_SUFFIXES = ("_by_load", "_by_chance")
+# How the name of a figure ends that says what the loads alone give of another; both are drawn in one chart.
+BASELINE_SUFFIX = "_by_load"
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Series:
 
 @dataclass(frozen=True)
 class LayerChart:
-    """A figure by layer, a line a checkpoint or pair, and below each what it would be by chance, if that is known."""
+    """A figure by layer, a line a checkpoint or pair, and with each what the loads alone give, if that is known."""
 
     figure: Figure
     series: list[Series]
@@ -67,10 +67,11 @@ def comparison_charts(report: AnalysisReport) -> list[LayerChart]:
 def _with_baselines(charts: Sequence[LayerChart]) -> list[LayerChart]:
     """Return `charts`, those of baselines joined to the chart of their figure."""
     by_name = {chart.figure.name: chart for chart in charts}
-    joined = {}
+    joined = []
     for name, chart in by_name.items():
-        if any(name.endswith(suffix) and name.removesuffix(suffix) in by_name for suffix in BASELINE_SUFFIXES):
-            continue
-        baseline = next((by_name[name + suffix] for suffix in BASELINE_SUFFIXES if name + suffix in by_name), None)
-        joined[name] = LayerChart(chart.figure, chart.series, baseline.figure, baseline.series) if baseline else chart
-    return list(joined.values())
+        baseline = by_name.get(name + BASELINE_SUFFIX)
+        if baseline:
+            joined.append(LayerChart(chart.figure, chart.series, baseline.figure, baseline.series))
+        elif not name.endswith(BASELINE_SUFFIX) or name.removesuffix(BASELINE_SUFFIX) not in by_name:
+            joined.append(chart)
+    return joined

@@ -15,7 +15,8 @@ _VIRIDIS = (
     *("#440154", "#481a6c", "#472f7d", "#414487", "#39568c", "#31688e", "#2a788e", "#23888e", "#1f988b", "#22a884"),
     *("#35b779", "#54c568", "#7ad151", "#a5db36", "#d2e21b", "#fde725"),
 )
-_NUM_LEVELS = 255
+# Of an image: as many as an eye tells apart, and a quarter smaller than all that a byte has.
+_NUM_LEVELS = 63
 
 
 def color_at(share: float) -> str:

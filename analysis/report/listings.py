@@ -76,9 +76,9 @@ def _segments(number: int, checkpoint: CheckpointResult, tables: dict[str, Any])
     if any(name not in tables for name in names):
         return None
     lengths, sizes, srp, srp_by_load, sch, sch_by_load = (np.array(tables[name], dtype=float) for name in names)
-    columns = ["Tokens", "SRP", "by chance"]
+    columns = ["Tokens", "SRP", "by load"]
     for size in sizes:
-        columns += [f"SCH, {size:.0f} experts", "by chance, at most"]
+        columns += [f"SCH, {size:.0f} experts", "by load, at most"]
     rows = []
     for at, length in enumerate(lengths):
         numbers = [srp[:, at], srp_by_load[:, at]]

@@ -57,11 +57,16 @@ def render_page(report: AnalysisReport) -> str:
     )
     environment.filters |= {"number": format_number, "linked": _linked, "json": json.dumps, "slug": _slug}
     rows = summary(report)
+    comparisons = comparison_charts(report)
     return environment.get_template("report.html").render(
         report=report,
         rows=[(measure, list(of_measure)) for measure, of_measure in groupby(rows, key=lambda row: row.measure)],
         sections=[_section(report, measure, rows) for measure in _measures(report, rows)],
-        comparisons=comparison_charts(report),
+        comparisons=comparisons,
+        comparison_figures=[
+            figure for chart in comparisons for figure in (chart.figure, chart.baseline) if figure is not None
+        ],
+        has_parents=any(checkpoint.parent for checkpoint in report.checkpoints),
         num_styles=NUM_STYLES,
         num_domain_styles=NUM_DOMAIN_STYLES,
         line_chart=line_chart,
@@ -103,7 +108,7 @@ def _section(report: AnalysisReport, measure: str, rows: Sequence[SummaryRow]) -
 
 def _values(chart: LayerChart) -> tuple[list[str], list[tuple[int, list[float | None]]]]:
     """Return a chart as a table: the columns' names, and of each layer its index and a number for each column."""
-    names = [each.name for each in chart.series] + [f"{each.name}, by chance" for each in chart.baselines]
+    names = [each.name for each in chart.series] + [f"{each.name}, by load" for each in chart.baselines]
     by_layer = [dict(zip(each.indices, each.values, strict=True)) for each in (*chart.series, *chart.baselines)]
     return names, [(layer, [values.get(layer) for values in by_layer]) for layer in chart.layers]
 

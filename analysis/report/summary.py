@@ -1,10 +1,9 @@
 """The figures of a report in one table: means over the layers, a column a checkpoint."""
 
-import math
 from dataclasses import dataclass
 
 from ..measures import MEASURES
-from ..results import AnalysisReport, Figure, MeasureResult
+from ..results import AnalysisReport, Figure
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,8 @@ def summary(report: AnalysisReport) -> list[SummaryRow]:
     rows = []
     for measure, figure in _figures(report):
         results = [checkpoint.measures.get(measure) for checkpoint in report.checkpoints]
-        rows.append(SummaryRow(measure, figure, [_mean(result, figure.name) for result in results]))
+        means = [each.mean(figure.name) if each and figure.name in each.per_layer else None for each in results]
+        rows.append(SummaryRow(measure, figure, means))
     return rows
 
 
@@ -51,10 +51,3 @@ def _figures(report: AnalysisReport) -> list[tuple[str, Figure]]:
     defined = {(measure.name, figure.name): figure for measure in MEASURES for figure in measure.figures}
     order = [*(key for key in defined if key in found), *(key for key in found if key not in defined)]
     return [(measure, defined.get((measure, name)) or undefined_figure(name)) for measure, name in order]
-
-
-def _mean(result: MeasureResult | None, figure: str) -> float | None:
-    """Return the mean over the layers that have a number; an activation that overflowed leaves none."""
-    values = result.per_layer.get(figure, []) if result else []
-    numbers = [value for value in values if value is not None and math.isfinite(value)]
-    return sum(numbers) / len(numbers) if numbers else None

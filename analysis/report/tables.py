@@ -11,7 +11,7 @@ from .scales import limits
 
 
 # A table of more cells, over all layers and checkpoints, is drawn as images: a cell of its own takes 130 bytes.
-MAX_CELLS = 6000
+MAX_CELLS = 4000
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,10 @@ def drawn_table(report: AnalysisReport, measure: str, name: str) -> DrawnTable |
         result = checkpoint.measures.get(measure)
         array = _as_array(result.tables.get(name)) if result else None
         view = None if array is None else _view_of(measure, name, array.shape, checkpoint)
-        if view:
-            arrays[number], views[number] = _without_diagonal(array) if view.axes == _PAIRS else array, view
+        if view and view.axes == _PAIRS:
+            array = _without_diagonal(array)
+        if view and not np.isnan(array).all():
+            arrays[number], views[number] = array, view
     if not arrays:
         return None
     view = next(iter(views.values()))
@@ -187,12 +189,11 @@ def _labels(report: AnalysisReport, checkpoint: CheckpointResult) -> dict[str, l
 
 
 def _as_array(content: Any) -> np.ndarray | None:
-    """Return nested lists as an array, with NaN for None; nothing if they hold no number, or are ragged."""
+    """Return nested lists as an array, with NaN for None; nothing if they are ragged or hold something else."""
     try:
-        array = np.array(content, dtype=float)
+        return np.array(content, dtype=float)
     except (TypeError, ValueError):
         return None
-    return None if np.isnan(array).all() else array
 
 
 def _without_diagonal(array: np.ndarray) -> np.ndarray:

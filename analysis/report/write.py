@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ...common.pictures import can_draw
+from ...common.pictures import INSTALL, can_draw
 from ..results import AnalysisReport
 from .json_file import format_json, rounded
 from .page import render_page
@@ -22,6 +22,8 @@ def write_report(report: AnalysisReport, folder: Path) -> None:
     (folder / JSON_FILE).write_text(format_json(content) + "\n", encoding="utf-8")
     # Page and pictures show what the file says, without numbers that are none.
     report = AnalysisReport.from_dict(content)
+    if not can_draw():
+        report.notes.append(f"There are no pictures beside this page: Matplotlib is not installed ({INSTALL}).")
     (folder / PAGE_FILE).write_text(render_page(report), encoding="utf-8")
     if can_draw():
         from .pictures import write_pictures
