@@ -107,7 +107,7 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
         if is_fused and isinstance(getattr(module, "gate", None), nn.Module):
             index = re.search(r"layers\.(\d+)\.", f"{name}.")
             layers.append(MoeLayer(int(index[1]) if index else len(layers), module.gate, experts, model.config))
-    if not layers:
+    if not layers or not isinstance(getattr(model.config, "num_experts_per_tok", None), int):
         raise SettingsError(f"{model.config.model_type} models have no MoE layer that can be looked into; {_WAY_OUT}")
     return layers
 

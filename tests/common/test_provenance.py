@@ -1,0 +1,46 @@
+"""The parent that a conversion recorded: known if it is here, and if it is the only one."""
+
+import json
+
+import pytest
+
+from upcycled_moe.common.provenance import installed_versions, recorded_parent
+
+
+@pytest.fixture
+def parent(tmp_path):
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "config.json").write_text("{}")
+    return tmp_path / "dense"
+
+
+def _record(folder, content):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "upcycling.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+def test_the_parent_is_found_from_the_checkpoint_and_from_those_of_a_run(parent, tmp_path):
+    folder = _record(tmp_path / "moe", {"source": {"name": str(parent)}, "expert_sources": []})
+    (folder / "checkpoint-5").mkdir()
+    assert recorded_parent(folder) == recorded_parent(folder / "checkpoint-5") == str(parent)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        {"source": None},
+        {"source": {"name": "org/dense"}, "expert_sources": []},
+        {"source": {"name": "PARENT"}, "expert_sources": [{"name": "other"}]},
+    ],
+)
+def test_none_is_known_otherwise(parent, tmp_path, content):
+    text = content if isinstance(content, str) else json.dumps(content)
+    assert recorded_parent(_record(tmp_path / "moe", text.replace("PARENT", str(parent)))) is None
+    assert recorded_parent("org/no-folder") is None
+
+
+def test_versions_are_those_of_the_packages():
+    assert {"python", "torch", "transformers", "upcycled-moe"} <= installed_versions().keys()
