@@ -12,11 +12,12 @@ import os
 import sys
 from pathlib import Path
 
+from checks import check_models_and_training
 from plan import study_tasks
 from study_report import write_report
 from study_results import collect_results
 from study_settings import StudySettings, load_study
-from tasks import TaskError, run_tasks
+from tasks import TaskError, run_tasks, tasks_to_do
 
 from upcycled_moe.common.settings import SettingsError
 
@@ -64,6 +65,8 @@ def run_study(study: StudySettings, data: Path, output: Path, num_workers: int) 
     """
     tasks = study_tasks(study, data)
     _set_environment(output)
+    if tasks_to_do(tasks, output):
+        check_models_and_training(study)
     run_tasks(tasks, output, num_workers, keep_bulky=study.keep_checkpoints)
     report = write_report(study, collect_results(study, tasks, output), output / REPORT_FOLDER)
     print(f"Report: {report}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from intervals import MAX_SEEDS
 
+from upcycled_moe.analysis.settings import AnalysisSettings
 from upcycled_moe.common.settings import SettingsError, check_keys, load_yaml
 from upcycled_moe.conversion.recipe import ConversionRecipe, build_recipe, packaged_recipes
 
@@ -130,6 +131,7 @@ def load_study(path: str | Path) -> StudySettings:
     )
     _check_names(study, str(path))
     _check_numbers(study, str(path))
+    _check_analysis(study.analysis, f"{path}: analysis")
     for name, method in study.methods.items():
         if method.recipe is not None:
             try:
@@ -182,6 +184,16 @@ def _check_names(study: StudySettings, path: str) -> None:
         for name in settings:
             if name in SET_BY_STUDY:
                 raise SettingsError(f"{path}: {section}.{name} is set by the study itself; leave it out.")
+
+
+def _check_analysis(settings: Mapping[str, Any], where: str) -> None:
+    # Text and parent are those of the study.
+    known = {setting.name for setting in dataclasses.fields(AnalysisSettings)} - {"data", "parent"}
+    check_keys(settings, known, where)
+    try:
+        AnalysisSettings(data=["text"], **settings)
+    except SettingsError as error:
+        raise SettingsError(f"{where}: {error}") from error
 
 
 def _check_numbers(study: StudySettings, path: str) -> None:

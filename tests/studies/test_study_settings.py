@@ -1,8 +1,10 @@
 """A study's file: what is misspelt, missing or impossible is one line, before anything runs."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+from checks import check_models_and_training
 from study_settings import load_study
 
 from upcycled_moe.common.settings import SettingsError
@@ -23,6 +25,8 @@ STUDY = Path(__file__).parents[2] / "studies" / "router_upcycling"
         ({"text": {"domains": []}}, "text: passage_characters is missing"),
         ({"text": 5}, "text=5 has the wrong type"),
         ({"training": {"seed": 3}}, "training.seed is set by the study itself"),
+        ({"analysis": {"block_sise": 8}}, "analysis: unknown key 'block_sise'; did you mean 'block_size'"),
+        ({"analysis": {"block_size": 0}}, "analysis: block_size=0 must be at least 1"),
         ({"parents": {"gqa": {}, "mha": {}}}, "parent 'mha' is without the baseline"),
         ({"methods": {"vanilla": {"title": "V", "parents": ["mha"]}}}, "methods.vanilla.parents: unknown key 'mha'"),
         ({"methods": {"vanilla": {"title": "V", "parents": ["gqa"], "recipe": "vanilla"}}}, "unknown key 'vanilla'"),
@@ -58,10 +62,30 @@ def test_missing_setting_is_named(settings, write_config):
         load_study(write_config(settings))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"hidden_sise": 8}}, "model: unknown key 'hidden_sise'; did you mean 'hidden_size'"),
+        ({"parents": {"gqa": {"kv_heads": 2}}}, "parents.gqa: unknown key 'kv_heads'"),
+        (
+            {"training": {"max_steps": 4, "learning_rat": 1e-3}},
+            "training: unknown key 'learning_rat'; did you mean 'learning_rate'",
+        ),
+        ({"parent_training": {}}, "parent_training: max_steps is missing"),
+    ],
+)
+def test_what_libraries_read_is_checked_before_anything_runs(settings, write_config, change, message):
+    with pytest.raises(SettingsError, match=message):
+        check_models_and_training(load_study(write_config({**settings, **change})))
+
+
 @pytest.mark.parametrize("path", sorted(STUDY.glob("*.yaml")), ids=lambda path: path.stem)
 def test_packaged_studies_are_valid(path):
     study = load_study(path)
     assert study.baseline in study.methods
+    # A machine without a GPU cannot check what is for one.
+    on_cpu = {name: {**getattr(study, name), "use_cpu": True} for name in ("training", "parent_training")}
+    check_models_and_training(dataclasses.replace(study, **on_cpu))
 
 
 def test_a_methods_settings_win_over_its_recipe_and_that_over_the_shared_ones(settings, write_config):
