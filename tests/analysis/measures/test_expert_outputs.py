@@ -110,16 +110,16 @@ def test_each_expert_computes_each_token(all_tokens, kind):
 
 
 def test_bfloat16_models_are_summed_in_double_precision(all_tokens):
+    """The outputs are rounded, what is made of them is not."""
     layer, hidden_states = _of_model("linear", dtype=torch.bfloat16)
-    cosines, _ = _naive(layer, hidden_states)
+    outputs = torch.stack(list(layer.expert_outputs(hidden_states))).double()
+    cosines = torch.cosine_similarity(outputs[:, None], outputs[None], dim=-1).mean(dim=-1)
 
     result = _measured(_subject([layer]), _tokens(hidden_states))
 
-    torch.testing.assert_close(torch.tensor(result.tables["similarity"][0]).double(), cosines, atol=0.01, rtol=0)
-    # The outputs are rounded, what is made of them is not.
-    assert [result.tables["similarity"][0][expert][expert] for expert in range(4)] == pytest.approx(
-        [1.0] * 4, abs=1e-9
-    )
+    similarity = torch.tensor(result.tables["similarity"][0], dtype=torch.float64)
+    torch.testing.assert_close(similarity, cosines, atol=1e-9, rtol=0)
+    torch.testing.assert_close(similarity, _naive(layer, hidden_states)[0], atol=0.01, rtol=0)
 
 
 def test_copies_are_the_same(all_tokens):
@@ -135,10 +135,10 @@ def test_copies_are_the_same(all_tokens):
 
 
 def test_zeros_have_no_angle(all_tokens):
-    """The second expert gives zeros for the first token, the third for all."""
+    """The second expert gives zeros for the first token, the third for both; for the last token all do."""
     layer = _layer(lambda x: x, lambda x: x * torch.tensor([0.0, -1.0]), torch.zeros_like)
 
-    result = _measured(_subject([layer]), _tokens(torch.eye(2)))
+    result = _measured(_subject([layer]), _tokens(torch.eye(3, 2)))
 
     assert result.tables["similarity"] == [[[1.0, -1.0, None], [-1.0, 1.0, None], [None, None, None]]]
     assert result.per_layer["expert_output_similarity"] == [-1.0]

@@ -180,6 +180,19 @@ def test_a_large_vocabulary_is_counted_in_part(monkeypatch):
     assert "8 of 50 token ids" in result.notes[0]
 
 
+def test_token_ids_that_come_first_are_counted_whatever_the_batch(monkeypatch):
+    """Three rows: for 30 and 31 of the first block, and for 1 of the second, though its ids are smaller."""
+    monkeypatch.setattr(vocabulary, "MAX_COUNTS", 3 * 3)
+    ids = torch.tensor([[30, 31] * 10, [1, 2] * 10])
+    tokens = routed_blocks(torch.zeros(2, 20, 1, dtype=torch.long), 2, input_ids=ids)
+
+    together = _measured(_subject(2), tokens)
+    apart = _measured(_subject(2), block_of(tokens, 0), block_of(tokens, 1))
+
+    assert {one["id"] for one in together.tables["tokens"][0][0]} == {1, 30, 31}
+    assert apart == together
+
+
 @pytest.mark.parametrize("max_counts", [2**26, 3 * 5 * 7])
 def test_batches_do_not_matter(monkeypatch, max_counts):
     monkeypatch.setattr(vocabulary, "MAX_COUNTS", max_counts)
