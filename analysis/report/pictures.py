@@ -97,7 +97,7 @@ def _draw_chart(axes: "Axes", chart: LayerChart) -> None:
     for number, series in enumerate(chart.baselines):
         color = SERIES_COLORS[number % len(SERIES_COLORS)]
         axes.plot(series.indices, _with_gaps(series.values), color=color, linestyle=":", linewidth=1)
-    by_chance = " (dotted: by load)" if chart.baseline else ""
+    by_chance = " (thin: by load)" if chart.baseline else ""
     axes.set_title(_plain(chart.figure.title + by_chance), loc="left", fontsize=10)
     axes.set_xlabel("layer")
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 MISSING = "–"  # an en dash, where there is no number
 # An axis spans at least this share of its largest number: less is rounding, and shows as a flat line.
 SMALLEST_SPAN = 1e-3
+# And this share to both sides of values that are all equal.
+EQUAL_SPAN = 0.1
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,13 @@ def limits(values: Iterable[float | None]) -> tuple[float, float]:
         low = 0.0
     if -0.5 * abs(low) < high < 0:
         high = 0.0
-    size = max(abs(low), abs(high)) or 1.0
-    if high - low < SMALLEST_SPAN * size:
-        return (low, high + size) if low == high == 0 else (low - SMALLEST_SPAN * size, high + SMALLEST_SPAN * size)
-    return low, high
+    size = max(abs(low), abs(high))
+    if size == 0:
+        return 0.0, 1.0
+    if low == high:
+        return low - EQUAL_SPAN * size, high + EQUAL_SPAN * size
+    missing = max(SMALLEST_SPAN * size - (high - low), 0) / 2
+    return low - missing, high + missing
 
 
 def format_number(value: float | None) -> str:

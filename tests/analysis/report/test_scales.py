@@ -31,7 +31,8 @@ def test_equal_values_lie_within_their_axis(value):
 
 def test_rounding_is_not_blown_up():
     low, high = limits([0.99999999, 1.0])
-    assert high - low >= 1e-3
+    assert (low + high) / 2 == pytest.approx(1.0)
+    assert high - low == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize(
