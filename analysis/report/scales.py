@@ -11,6 +11,8 @@ SMALLEST_SPAN = 1e-3
 # And this share to both sides of values that are all equal.
 EQUAL_SPAN = 0.1
 
+_MAX_DECIMALS = 5
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -29,8 +31,9 @@ class Axis:
 
     def labels(self) -> list[tuple[float, str]]:
         """Return place and text of each tick, all with as many decimals as the step needs."""
-        decimals = next(digits for digits in range(20) if _is_whole(self.step * 10**digits) or digits == 19)
-        return [(self.place(tick), _with_minus(f"{tick:,.{decimals}f}")) for tick in self.ticks]
+        decimals = next((digits for digits in range(_MAX_DECIMALS + 1) if _is_whole(self.step * 10**digits)), None)
+        texts = [_scientific(tick, 1) if decimals is None else f"{tick:,.{decimals}f}" for tick in self.ticks]
+        return [(self.place(tick), _with_minus(text)) for tick, text in zip(self.ticks, texts, strict=True)]
 
 
 def value_axis(values: Iterable[float | None], start: float, end: float, num_steps: int = 4) -> Axis:
@@ -76,14 +79,14 @@ def format_number(value: float | None) -> str:
     if value == 0 or (isinstance(value, int) and abs(value) < 1_000_000):
         return _with_minus(f"{value:,}") if value else "0"
     if not 1e-4 <= abs(value) < 1e6:
-        mantissa, _, exponent = f"{value:.2e}".partition("e")
-        return _with_minus(f"{mantissa}e{int(exponent)}")
+        return _with_minus(_scientific(value, 2))
     return _with_minus(f"{value:,.{_decimals(value)}f}")
 
 
 def format_like(value: float, largest: float) -> str:
     """Return `value` with as many decimals as three digits of `largest` have, so that a grid of numbers is even."""
-    return _with_minus(f"{value:.{min(_decimals(largest), 4)}f}")
+    decimals = _decimals(largest)
+    return _with_minus(f"{value:.{decimals}f}" if decimals <= _MAX_DECIMALS else _scientific(value, 0))
 
 
 def _decimals(value: float) -> int:
@@ -97,8 +100,15 @@ def _round_step(span: float) -> float:
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= span * (1 - 1e-6))
 
 
+def _scientific(value: float, decimals: int) -> str:
+    """Return e.g. `1.5e-7`; 0 as it is."""
+    mantissa, _, exponent = f"{value:.{decimals}e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if value else "0"
+
+
 def _is_whole(value: float) -> bool:
-    return abs(value - round(value)) < 1e-6 * max(abs(value), 1e-9)
+    """Return whether `value`, above zero, is a whole number but for rounding."""
+    return abs(value - round(value)) < 1e-6 * value
 
 
 def _with_minus(text: str) -> str:

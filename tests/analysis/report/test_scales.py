@@ -12,6 +12,7 @@ from upcycled_moe.analysis.report.scales import format_like, format_number, inde
         ([0.91, 0.99], ["0.90", "0.92", "0.94", "0.96", "0.98", "1.00"]),
         ([-0.3, 0.1], ["−0.3", "−0.2", "−0.1", "0.0", "0.1"]),
         ([1200, 3900], ["0", "1,000", "2,000", "3,000", "4,000"]),
+        ([0.0, 3.1e-17], ["0", "1.0e−17", "2.0e−17", "3.0e−17", "4.0e−17"]),
         ([None, None], ["0.00", "0.25", "0.50", "0.75", "1.00"]),
     ],
 )
@@ -69,3 +70,4 @@ def test_numbers_have_three_digits(value, text):
 def test_numbers_of_a_grid_have_as_many_decimals():
     assert [format_like(value, 0.573) for value in (0.0067, 0.573, 0.1)] == ["0.007", "0.573", "0.100"]
     assert format_like(1.5, 12.0) == "1.5"
+    assert [format_like(value, 4e-17) for value in (3.7e-17, 0.0)] == ["4e−17", "0"]
