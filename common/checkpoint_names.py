@@ -1,5 +1,6 @@
 """Checkpoints, several of them, as a command line names them: `PATH` or `org/name@revision`, or `NAME=` before it."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,8 +61,9 @@ def _parse(argument: str) -> NamedCheckpoint:
 
 
 def _parts(checkpoint: NamedCheckpoint) -> tuple[str, ...]:
-    path = Path(checkpoint.path)
-    parts = path.resolve().parts if path.is_dir() else tuple(checkpoint.path.split("/"))
+    path = checkpoint.path
+    # A link keeps the name that its owner gave it.
+    parts = Path(os.path.abspath(path)).parts if Path(path).is_dir() else tuple(path.split("/"))
     return parts if checkpoint.revision is None else (*parts[:-1], f"{parts[-1]}@{checkpoint.revision}")
 
 

@@ -30,6 +30,12 @@ def test_folders_are_told_apart_by_where_they_are(tmp_path, monkeypatch):
     assert [checkpoint.path for checkpoint in checkpoints] == [".", "../../b/moe"]
 
 
+def test_a_link_keeps_its_name(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "trained").symlink_to(tmp_path / "out")
+    assert name_checkpoints([str(tmp_path / "trained")])[0].name == "trained"
+
+
 def test_revisions_are_of_the_hub_only(tmp_path, monkeypatch):
     (tmp_path / "run@7").mkdir()
     monkeypatch.chdir(tmp_path)
