@@ -12,6 +12,8 @@ from upcycled_moe.common.pictures import new_figure, save_png
 
 # Line styles go round before colours do, so that many methods stay apart without colour too.
 STYLES = ("-", "--", ":", "-.")
+# Nats from the baseline at the end: methods further away do not set the scale, or all others would be one line.
+NEAR = 0.03
 
 
 def draw_losses(found: Mapping[str, Any], baseline: str, parent: str, path: Path) -> Path:
@@ -20,16 +22,20 @@ def draw_losses(found: Mapping[str, Any], baseline: str, parent: str, path: Path
     losses, differences = figure.subplots(1, 2)
     methods = found["methods"]
     losses.axhline(found["loss"][ALL_DOMAINS], color="#888888", linewidth=0.8, label="parent")
+    shown: tuple[list[float], list[float]] = [], []
     for number, (name, method) in enumerate(methods.items()):
         style = {"color": f"C{number % 10}", "linestyle": STYLES[number % len(STYLES)], "linewidth": 1.4}
-        tokens, intervals = _over_tokens(method["runs"], None)
-        _draw(losses, tokens, intervals, style, method["title"])
+        is_near = abs(method["difference"][ALL_DOMAINS]["mean"]) < NEAR
+        drawn = _draw(losses, *_over_tokens(method["runs"], None), style, method["title"])
+        shown[0].extend(drawn if is_near else [])
         if name != baseline:
-            _draw(differences, *_over_tokens(method["runs"], methods[baseline]["runs"]), style, None)
+            drawn = _draw(differences, *_over_tokens(method["runs"], methods[baseline]["runs"]), style, None)
+            shown[1].extend(drawn if is_near else [])
     differences.axhline(0.0, color="#888888", linewidth=0.8)
     losses.set(title=f"Parent {parent}: validation loss", xlabel="tokens", ylabel="nats per token")
     differences.set(title=f"less {methods[baseline]['title']}, paired by seed", xlabel="tokens")
-    differences.set_yscale("symlog", linthresh=0.01)
+    _limit(losses, [*shown[0], found["loss"][ALL_DOMAINS]])
+    _limit(differences, [*shown[1], 0.0])
     figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     save_png(figure, path)
     return path
@@ -49,10 +55,18 @@ def _over_tokens(runs: Mapping[int, Any], baseline: Mapping[int, Any] | None) ->
     return tokens, intervals
 
 
-def _draw(axes, tokens: list[int], intervals: list, style: Mapping[str, Any], label: str | None) -> None:
+def _draw(axes, tokens: list[int], intervals: list, style: Mapping[str, Any], label: str | None) -> list[float]:
+    """Draw means and intervals, and return the means."""
     means = [interval.mean for interval in intervals]
     widths = [interval.half_width or 0.0 for interval in intervals]
     axes.plot(tokens, means, label=label, **style)
     low = [mean - width for mean, width in zip(means, widths, strict=True)]
     high = [mean + width for mean, width in zip(means, widths, strict=True)]
     axes.fill_between(tokens, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    return means
+
+
+def _limit(axes, values: list[float]) -> None:
+    """Let the axis show `values`, with a margin for their intervals."""
+    margin = 0.25 * (max(values) - min(values)) or 0.01
+    axes.set_ylim(min(values) - margin, max(values) + margin)

@@ -29,12 +29,13 @@ FIGURES = {
 }
 # Losses differ in the fourth decimal; figures are of any size.
 LOSS_DECIMALS = 4
+JSON_DECIMALS = 6
 
 
 def write_report(study: StudySettings, results: Mapping[str, Any], folder: Path) -> Path:
     """Write the report of `study` into `folder` and return the path of its page."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+    _write(folder / RESULTS_FILE, json.dumps(_rounded(results)) + "\n")
     pictures = {}
     if can_draw():
         pictures = {
@@ -152,6 +153,15 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str
     yield f"|{'---|' * len(header)}"
     for row in rows:
         yield f"| {' | '.join(row)} |"
+
+
+def _rounded(content: Any) -> Any:
+    """Return `content` with its floats rounded to what is worth keeping."""
+    if isinstance(content, float):
+        return round(content, JSON_DECIMALS)
+    if isinstance(content, Mapping):
+        return {key: _rounded(value) for key, value in content.items()}
+    return [_rounded(value) for value in content] if isinstance(content, list) else content
 
 
 def _write(path: Path, text: str) -> None:

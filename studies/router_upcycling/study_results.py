@@ -46,7 +46,7 @@ def _parent_results(study: StudySettings, parent: str, output: Path) -> dict[str
     for method in methods.values():
         method["loss"] = _intervals(method["runs"])
         method["difference"] = _differences(method["runs"], baseline)
-        method["figures"] = _figure_intervals(method["runs"])
+        method["figures"] = _figure_intervals([run.pop("figures") for run in method["runs"].values()])
     return {
         "tokens": _num_tokens(metrics),
         "loss": curve_of(metrics)[-1]["loss"],
@@ -75,8 +75,8 @@ def _method_runs(study: StudySettings, parent: str, name: str, method: Method, o
         "title": method.title,
         "tokens": _num_tokens(metrics),
         "flops_per_token": metrics["flops_per_token"],
-        "total_parameters": _parameters(metrics, "total_parameters"),
-        "active_parameters": _parameters(metrics, "active_parameters"),
+        "total_parameters": metrics["num_parameters"],
+        "active_parameters": metrics["num_parameters"] - _idle_parameters(metrics["upcycling"]),
         "runs": runs,
     }
 
@@ -112,10 +112,9 @@ def _losses(runs: Mapping[int, Any], domain: str) -> dict[int, float]:
     return {seed: run["loss"][domain] for seed, run in runs.items()}
 
 
-def _figure_intervals(runs: Mapping[int, Any]) -> dict[str, Any]:
+def _figure_intervals(runs: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
     """Return mean and interval over seeds of each figure that all runs have."""
-    names = next(iter(runs.values()))["figures"]
-    values = {name: [run["figures"].get(name) for run in runs.values()] for name in names}
+    values = {name: [figures.get(name) for figures in runs] for name in runs[0]}
     return {name: asdict(mean_interval(found)) for name, found in values.items() if None not in found}
 
 
@@ -125,9 +124,9 @@ def _initial_logit_std(upcycling: Mapping[str, Any]) -> float | None:
     return None if reports is None else _mean([report["logit_std"] for report in reports])
 
 
-def _parameters(metrics: Mapping[str, Any], name: str) -> int:
-    """Return a number of parameters; of a dense model all are active."""
-    return metrics["num_parameters"] if metrics["upcycling"] is None else metrics["upcycling"][name]
+def _idle_parameters(upcycling: Mapping[str, Any] | None) -> int:
+    """Return how many parameters a token does not meet: those of experts that it does not select."""
+    return 0 if upcycling is None else upcycling["total_parameters"] - upcycling["active_parameters"]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
