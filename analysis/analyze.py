@@ -11,7 +11,6 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from ..common.checkpoint_names import NamedCheckpoint, name_checkpoints
 from ..common.checkpoints import (
     check_code,
-    check_exists,
     load_config,
     load_model,
     load_tokenizer,
@@ -27,6 +26,7 @@ from ..common.text import open_text
 from .layers import find_moe_layers
 from .measures import MEASURES
 from .measures.measure import Subject
+from .parent import DenseParent
 from .results import AnalysisReport, CheckpointResult, Comparison
 from .routing_pass import run_pass
 from .saturation import RecordedSelections, SelectionRecorder, compare
@@ -60,7 +60,7 @@ def analyze(
     """
     progress = progress or Progress()
     if settings.parent is not None:
-        check_exists(settings.parent)
+        DenseParent(settings.parent)
     opened = [_open(checkpoint, settings) for checkpoint in name_checkpoints(checkpoints)]
     block_size = _block_size(settings, opened)
     texts: dict[str, dict[str, list[Block]]] = {}

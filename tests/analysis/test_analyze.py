@@ -237,7 +237,9 @@ def test_a_checkpoint_that_cannot_be_looked_into_is_one_line_with_its_name(
     assert "\n" not in str(error.value)
 
 
-def test_what_needs_no_weights_is_checked_before_any_are_loaded(moe_checkpoint, settings, parent, monkeypatch):
+def test_what_needs_no_weights_is_checked_before_any_are_loaded(
+    moe_checkpoint, labelled_text, settings, parent, monkeypatch
+):
     monkeypatch.setattr(analyze_module, "load_model", lambda *args, **kwargs: pytest.fail("weights are loaded"))
     with pytest.raises(SettingsError, match=f"{parent}: qwen2 models have no MoE layer that can be looked into"):
         analyze([str(moe_checkpoint("linear")), str(parent)], settings())
@@ -247,6 +249,8 @@ def test_what_needs_no_weights_is_checked_before_any_are_loaded(moe_checkpoint, 
         analyze([str(moe_checkpoint("linear"))], settings(data=["/no/such/text"]))
     with pytest.raises(SettingsError, match="/no/such/parent: no such folder"):
         analyze([str(moe_checkpoint("linear"))], settings(parent="/no/such/parent"))
+    with pytest.raises(SettingsError, match=f"{labelled_text}: not a checkpoint in safetensors"):
+        analyze([str(moe_checkpoint("linear"))], settings(parent=str(labelled_text)))
     with pytest.raises(SettingsError, match="two checkpoints would be called 'x'; name them apart"):
         analyze([f"x={moe_checkpoint('linear')}", f"x={moe_checkpoint('mixtral')}"], settings())
 
