@@ -88,7 +88,9 @@ def _load_from_hub(names: Sequence[str]) -> dict[str, Any]:
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
     for name in names:
         if name not in manager.all_tasks:
-            raise SettingsError(f"{name}: no such task in lm-evaluation-harness{_near(name, manager.all_tasks)}.")
+            similar = get_close_matches(name, manager.all_tasks, n=1)
+            hint = f"did you mean {similar[0]!r}?" if similar else "`lm-eval ls tasks` lists them."
+            raise SettingsError(f"{name}: no such task in lm-evaluation-harness; {hint}")
         try:
             found = manager.load([name])
         # Data sets and tasks with code of their own raise whatever they like.
@@ -111,10 +113,7 @@ def _load_offline(names: Sequence[str], folder: Path) -> tuple[dict[str, Any], t
         elif name in data:
             wanted[name] = None
         else:
-            allowed = [PAPER_GROUP, *data]
-            raise SettingsError(
-                f"{name}: not in the offline data of {folder}{_near(name, allowed)}; there are {', '.join(allowed)}."
-            )
+            raise SettingsError(f"{name}: not in the offline data of {folder}; there are {', '.join(data)}.")
     members = [{"task": name, "custom_dataset": _reader(data[name])} for name in wanted]
     loaded = _task_manager().load([{"group": PAPER_GROUP, "task": members}])
     left_out = tuple(task for task in PAPER_TASKS if task not in data) if PAPER_GROUP in names else ()
@@ -131,11 +130,6 @@ def _task_manager() -> lm_eval.tasks.TaskManager:
 def _reader(data: Dataset) -> Callable[..., dict[str, Dataset]]:
     # Whichever split a task evaluates: the items are of that one.
     return lambda **_: dict.fromkeys(("train", "validation", "test"), data)
-
-
-def _near(name: str, allowed: Sequence[str]) -> str:
-    similar = get_close_matches(name, allowed, n=1)
-    return f"; did you mean {similar[0]!r}?" if similar else ""
 
 
 class _Advance(CacheHook):

@@ -33,7 +33,7 @@ MULTIPLE_CHOICE: Rows = {
             "meta": {"activity_label": "Brushing teeth"},
         },
         {
-            "question": "How to apply it. Apply a coat.",
+            "question": "How to apply it. Apply a coat in Rome.",
             "choices": ["Let it dry.", "To this.", "It was.", "Have it as it is."],
             "answer": 0,
             "meta": {"activity_label": "Style"},

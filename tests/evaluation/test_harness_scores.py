@@ -166,6 +166,28 @@ def test_an_answer_longer_than_the_model_is_an_error(model, tokenizer, tmp_path)
         score_tasks(LanguageModel(model, tokenizer, 2), tasks)
 
 
+def test_questions_that_leave_no_room_for_an_answer_are_counted(model, tokenizer, tmp_path):
+    room = model.config.max_position_embeddings - 64
+    prompt = "Answer these questions:\n\nQ: {}?\nA:"
+    fits = "the" + " the" * (room - len(tokenizer.encode(prompt.format("the"))))
+    assert len(tokenizer.encode(prompt.format(fits))) == room
+    rows = [{"question": question, "answers": ["it"]} for question in (fits, fits + " the")]
+    asked = LanguageModel(model, tokenizer, 2)
+    score_tasks(asked, load_tasks(["nq_open"], write_items(tmp_path, open_qa={"nq_open": rows})))
+    assert asked.truncated == {("nq_open", 1)}
+
+
+def test_a_task_that_writes_more_than_the_model_holds_is_an_error(model, tokenizer, items):
+    tasks = load_tasks(["nq_open"], items)
+    tasks.tasks["nq_open"].set_config("generation_kwargs", {"max_gen_toks": 256}, update=True)
+    with pytest.raises(SettingsError, match="nq_open: generates up to 256 tokens, and the model has 256 positions"):
+        score_tasks(LanguageModel(model, tokenizer, 2), tasks)
+
+
+def test_a_small_model_writes_half_of_its_positions_where_the_task_does_not_say(model, tokenizer):
+    assert LanguageModel(model, tokenizer, 2).max_gen_toks == model.config.max_position_embeddings // 2
+
+
 class CountingProgress(Progress):
     """Keeps what was announced, and what was done."""
 

@@ -41,7 +41,7 @@ def test_prompts_and_answers_are_the_harness_s(tasks, name):
 
 
 def test_a_wikihow_item_has_no_fragment_to_capitalize(tasks):
-    assert requests(tasks["hellaswag"], 1)[0] == ("Style: How to apply it. Apply a coat.", " Let it dry.")
+    assert requests(tasks["hellaswag"], 1)[0] == ("Style: How to apply it. Apply a coat in Rome.", " Let it dry.")
 
 
 def test_winogrande_scores_what_follows_each_name(tasks):
@@ -77,11 +77,9 @@ def test_the_task_without_data_is_left_out_and_named(items):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "hint"), [("openbookqa_fact", "did you mean 'openbookqa'"), ("piqa", "there are router_upcycling, ")]
-)
-def test_a_task_that_is_asked_for_by_name_must_be_there(items, name, hint):
-    with pytest.raises(SettingsError, match=f"{name}: not in the offline data of .*{hint}"):
+@pytest.mark.parametrize("name", ["openbookqa_fact", "piqa"])
+def test_a_task_that_is_asked_for_by_name_must_be_there(items, name):
+    with pytest.raises(SettingsError, match=f"{name}: not in the offline data of .*; there are openbookqa, arc_easy"):
         load_tasks([name], items)
 
 
