@@ -178,5 +178,7 @@ def _figures_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequen
     names = [escape(name) for name in columns]
     table = results_table(title, "Figure", *names, numbers=names)
     for name, values in rows.items():
+        if all(value is None for value in values):
+            continue  # such as the divergence from a parent that is not known
         table.add_row(name, *("" if value is None else f"{value:.3g}" for value in values))
     return table
