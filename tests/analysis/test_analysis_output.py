@@ -83,6 +83,19 @@ def test_what_fails_leaves_nothing(moe_checkpoint, settings, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_report_that_came_meanwhile_stays(moe_checkpoint, settings, tmp_path):
+    class Other(Progress):
+        def task(self, *arguments):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "report.json").write_text("another")
+            return super().task(*arguments)
+
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        write_analysis([str(moe_checkpoint("linear"))], settings, tmp_path / "out", progress=Other())
+    assert (tmp_path / "out" / "report.json").read_text() == "another"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 class _Kill(Progress):
     """Kills the process when the analysis begins."""
 
