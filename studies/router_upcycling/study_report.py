@@ -67,8 +67,7 @@ def report_lines(study: StudySettings, results: Mapping[str, Any], pictures: Map
 
 
 def _parent_lines(study: StudySettings, parent: str, found: Mapping[str, Any], picture: Path | None) -> Iterable[str]:
-    methods = found["methods"]
-    tokens = format_count(next(iter(methods.values()))["tokens"])
+    tokens = format_count(next(iter(found["methods"].values()))["tokens"])
     yield f"## Parent `{parent}`"
     yield ""
     yield (
@@ -76,37 +75,56 @@ def _parent_lines(study: StudySettings, parent: str, found: Mapping[str, Any], p
         f"{found['loss'][ALL_DOMAINS]:.{LOSS_DECIMALS}f}; each method then on {tokens}."
     )
     yield ""
-    yield from _table(
-        ["method", "parameters", "active", "MFLOPs / token", "final loss", f"less {study.baseline}", "s / run"],
-        (_overview_row(method, study.methods[name].title) for name, method in methods.items()),
-    )
+    yield from _overview(study.baseline, found["methods"])
     if picture is not None:
         yield from ("", f"![Validation loss over tokens, parent {parent}]({picture.name})")
     domains = [domain for domain in found["loss"] if domain != ALL_DOMAINS]
     yield from ("", f"Final loss by domain, less that of `{study.baseline}` (whose loss itself is in its row):", "")
-    yield from _table(
-        ["method", *domains],
-        (
-            [method["title"], *(_domain_cell(method, domain, name == study.baseline) for domain in domains)]
-            for name, method in methods.items()
-        ),
-    )
-    routed = {name: method for name, method in methods.items() if method["figures"]}
-    shown = {key: title for key, title in FIGURES.items() if any(key in one["figures"] for one in routed.values())}
+    yield from _domain_table(study.baseline, found["methods"], domains)
+    if found["comparisons"]:
+        yield from ("", "Final loss of the first less that of the second:", "")
+        yield from _comparison_table(found, [ALL_DOMAINS, *domains])
     yield from ("", "What the routers do after training, means over layers and seeds:", "")
-    yield from _table(
-        ["method", "logit std at the start", *shown.values()],
-        (
-            [method["title"], _start_cell(method), *(_figure_cell(method["figures"].get(key)) for key in shown)]
-            for method in routed.values()
-        ),
+    yield from _router_table([method for method in found["methods"].values() if method["figures"]])
+
+
+def _overview(baseline: str, methods: Mapping[str, Any]) -> Iterable[str]:
+    header = ["method", "parameters", "active", "MFLOPs / token", "final loss", f"less {baseline}", "s / run"]
+    return _table(header, map(_overview_row, methods.values()))
+
+
+def _domain_table(baseline: str, methods: Mapping[str, Any], domains: Sequence[str]) -> Iterable[str]:
+    rows = (
+        [method["title"], *(_domain_cell(method, domain, name == baseline) for domain in domains)]
+        for name, method in methods.items()
     )
+    return _table(["method", *domains], rows)
 
 
-def _overview_row(method: Mapping[str, Any], title: str) -> list[str]:
+def _comparison_table(found: Mapping[str, Any], domains: Sequence[str]) -> Iterable[str]:
+    rows = (
+        [
+            *(found["methods"][pair[side]]["title"] for side in ("first", "second")),
+            *(format_difference(Interval(**pair["difference"][domain])) for domain in domains),
+        ]
+        for pair in found["comparisons"]
+    )
+    return _table(["first", "second", *domains], rows)
+
+
+def _router_table(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    shown = {key: title for key, title in FIGURES.items() if any(key in method["figures"] for method in methods)}
+    rows = (
+        [method["title"], _start_cell(method), *(_figure_cell(method["figures"].get(key)) for key in shown)]
+        for method in methods
+    )
+    return _table(["method", "logit std at the start", *shown.values()], rows)
+
+
+def _overview_row(method: Mapping[str, Any]) -> list[str]:
     seconds = [run["seconds"] for run in method["runs"].values()]
     return [
-        title,
+        method["title"],
         format_count(method["total_parameters"]),
         format_count(method["active_parameters"]),
         f"{method['flops_per_token'] / 1e6:.1f}",

@@ -52,6 +52,15 @@ def _parent_results(study: StudySettings, parent: str, output: Path) -> dict[str
         "loss": curve_of(metrics)[-1]["loss"],
         "seconds": _seconds(folder),
         "methods": methods,
+        "comparisons": [
+            {
+                "first": first,
+                "second": second,
+                "difference": _differences(methods[first]["runs"], methods[second]["runs"]),
+            }
+            for first, second in study.comparisons
+            if first in methods and second in methods
+        ],
     }
 
 
@@ -91,11 +100,10 @@ def curve_of(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"tokens": step * metrics["tokens_per_step"], "loss": by_step[step]} for step in sorted(by_step)]
 
 
-def _differences(runs: Mapping[int, Any], baseline: Mapping[int, Any]) -> dict[str, Any]:
-    """Return the final losses of `runs` less those of `baseline`, paired by seed, with their intervals."""
+def _differences(runs: Mapping[int, Any], others: Mapping[int, Any]) -> dict[str, Any]:
+    """Return the final losses of `runs` less those of `others`, paired by seed, with their intervals."""
     return {
-        domain: asdict(paired_difference(_losses(runs, domain), _losses(baseline, domain)))
-        for domain in _domains(runs)
+        domain: asdict(paired_difference(_losses(runs, domain), _losses(others, domain))) for domain in _domains(runs)
     }
 
 

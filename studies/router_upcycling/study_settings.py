@@ -76,6 +76,7 @@ class StudySettings:
         training: settings of `train.py` for all methods.
         methods: by name.
         baseline: the method that the others are compared with.
+        comparisons: pairs of methods that are compared with each other too.
         seeds: each draws the routers that are random, and the order of the text.
         analysis: settings of the analysis of each trained model.
         keep_checkpoints: whether trained models stay when they have been analysed.
@@ -92,6 +93,7 @@ class StudySettings:
     baseline: str
     seeds: list[int]
     analysis: dict[str, Any]
+    comparisons: list[list[str]] = field(default_factory=list)
     keep_checkpoints: bool = False
 
     def methods_of(self, parent: str) -> dict[str, Method]:
@@ -166,6 +168,10 @@ def _plain_type(annotation: Any) -> Any:
 
 def _check_names(study: StudySettings, path: str) -> None:
     check_keys({study.baseline: None}, study.methods, f"{path}: baseline")
+    for pair in study.comparisons:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise SettingsError(f"{path}: comparisons: {pair!r} is not a pair of methods; write [first, second].")
+        check_keys(dict.fromkeys(pair), study.methods, f"{path}: comparisons")
     for name, method in study.methods.items():
         check_keys(dict.fromkeys(method.parents), study.parents, f"{path}: methods.{name}.parents")
         if method.recipe is not None:

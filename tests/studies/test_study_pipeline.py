@@ -61,6 +61,13 @@ def test_every_method_has_its_runs_and_intervals(methods):
     assert methods["folded"]["difference"]["all"]["half_width"] > 0
 
 
+def test_methods_are_compared_with_each_other_too(output, methods):
+    (pair,) = json.loads((output / "report" / "results.json").read_text())["parents"]["gqa"]["comparisons"]
+    assert (pair["first"], pair["second"]) == ("folded", "dense")
+    folded, dense = (methods[name]["loss"]["all"]["mean"] for name in ("folded", "dense"))
+    assert pair["difference"]["all"]["mean"] == pytest.approx(folded - dense, abs=2e-6)
+
+
 def test_parameters_and_figures_are_those_of_the_model(methods):
     # One layer, two of four experts idle, three matrices of 32 by 32 each.
     vanilla = methods["vanilla"]

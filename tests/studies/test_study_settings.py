@@ -27,6 +27,8 @@ STUDY = Path(__file__).parents[2] / "studies" / "router_upcycling"
         ({"training": {"seed": 3}}, "training.seed is set by the study itself"),
         ({"analysis": {"block_sise": 8}}, "analysis: unknown key 'block_sise'; did you mean 'block_size'"),
         ({"analysis": {"block_size": 0}}, "analysis: block_size=0 must be at least 1"),
+        ({"comparisons": [["vanilla"]]}, "['vanilla'] is not a pair of methods"),
+        ({"comparisons": [["vanilla", "fold"]]}, "comparisons: unknown key 'fold'; did you mean 'folded'"),
         ({"parents": {"gqa": {}, "mha": {}}}, "parent 'mha' is without the baseline"),
         ({"methods": {"vanilla": {"title": "V", "parents": ["mha"]}}}, "methods.vanilla.parents: unknown key 'mha'"),
         ({"methods": {"vanilla": {"title": "V", "parents": ["gqa"], "recipe": "vanilla"}}}, "unknown key 'vanilla'"),
@@ -51,7 +53,7 @@ STUDY = Path(__file__).parents[2] / "studies" / "router_upcycling"
 )
 def test_wrong_settings_are_named(settings, write_config, change, message):
     with pytest.raises(SettingsError) as error:
-        load_study(write_config({**settings, **change}))
+        load_study(write_config({**settings, "comparisons": [], **change}))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
