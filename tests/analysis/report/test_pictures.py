@@ -12,7 +12,7 @@ image_module = pytest.importorskip("PIL.Image")
 
 
 def test_each_picture_is_there_with_a_white_background(tmp_path):
-    write_pictures(make_report(names=("a $x_", "b")), tmp_path)
+    write_pictures(make_report(names=("a $x_$", "b")), tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
         *("overview.png", "routing_weights.png", "load.png", "co_activation.png"),
