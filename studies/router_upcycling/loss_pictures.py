@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from intervals import mean_interval, paired_difference
+from intervals import Interval, mean_interval, paired_difference
 from study_results import ALL_DOMAINS
 
 from upcycled_moe.common.pictures import new_figure, save_png
@@ -17,7 +17,10 @@ NEAR = 0.03
 
 
 def draw_losses(found: Mapping[str, Any], baseline: str, parent: str, path: Path) -> Path:
-    """Draw the loss of all methods from one parent, and how it differs from the baseline, over tokens."""
+    """Draw the loss of all methods from one parent, and how it differs from the baseline, over tokens.
+
+    Bars, and the band around the baseline, are 95 % intervals over seeds.
+    """
     figure = new_figure(height=5.0, width=12.0)
     losses, differences = figure.subplots(1, 2)
     methods = found["methods"]
@@ -25,12 +28,20 @@ def draw_losses(found: Mapping[str, Any], baseline: str, parent: str, path: Path
     shown: tuple[list[float], list[float]] = [], []
     for number, (name, method) in enumerate(methods.items()):
         style = {"color": f"C{number % 10}", "linestyle": STYLES[number % len(STYLES)], "linewidth": 1.4}
+        tokens, intervals = _over_tokens(method["runs"], None)
+        losses.plot(tokens, _means(intervals), label=method["title"], **style)
         is_near = abs(method["difference"][ALL_DOMAINS]["mean"]) < NEAR
-        drawn = _draw(losses, *_over_tokens(method["runs"], None), style, method["title"])
-        shown[0].extend(drawn if is_near else [])
-        if name != baseline:
-            drawn = _draw(differences, *_over_tokens(method["runs"], methods[baseline]["runs"]), style, None)
-            shown[1].extend(drawn if is_near else [])
+        shown[0].extend(_means(intervals) if is_near else [])
+        if name == baseline:
+            # The bands of the others would lie on it: most of the spread is of the text, which all share.
+            _draw_band(losses, tokens, intervals, style["color"])
+            continue
+        tokens, intervals = _over_tokens(method["runs"], methods[baseline]["runs"])
+        # Side by side, so that all can be seen.
+        moved = [count + number / len(methods) * (tokens[0] / 2) for count in tokens]
+        widths = [interval.half_width or 0.0 for interval in intervals]
+        differences.errorbar(moved, _means(intervals), widths, elinewidth=0.7, **style)
+        shown[1].extend(_means(intervals) if is_near else [])
     differences.axhline(0.0, color="#888888", linewidth=0.8)
     losses.set(title=f"Parent {parent}: validation loss", xlabel="tokens", ylabel="nats per token")
     differences.set(title=f"less {methods[baseline]['title']}, paired by seed", xlabel="tokens")
@@ -41,7 +52,7 @@ def draw_losses(found: Mapping[str, Any], baseline: str, parent: str, path: Path
     return path
 
 
-def _over_tokens(runs: Mapping[int, Any], baseline: Mapping[int, Any] | None) -> tuple[list[int], list]:
+def _over_tokens(runs: Mapping[int, Any], baseline: Mapping[int, Any] | None) -> tuple[list[int], list[Interval]]:
     """Return the tokens of each evaluation, and the interval of the loss over seeds, or of its difference."""
     tokens = [point["tokens"] for point in next(iter(runs.values()))["curve"]]
     intervals = []
@@ -55,15 +66,14 @@ def _over_tokens(runs: Mapping[int, Any], baseline: Mapping[int, Any] | None) ->
     return tokens, intervals
 
 
-def _draw(axes, tokens: list[int], intervals: list, style: Mapping[str, Any], label: str | None) -> list[float]:
-    """Draw means and intervals, and return the means."""
-    means = [interval.mean for interval in intervals]
-    widths = [interval.half_width or 0.0 for interval in intervals]
-    axes.plot(tokens, means, label=label, **style)
-    low = [mean - width for mean, width in zip(means, widths, strict=True)]
-    high = [mean + width for mean, width in zip(means, widths, strict=True)]
-    axes.fill_between(tokens, low, high, color=style["color"], alpha=0.12, linewidth=0)
-    return means
+def _means(intervals: list[Interval]) -> list[float]:
+    return [interval.mean for interval in intervals]
+
+
+def _draw_band(axes, tokens: list[int], intervals: list[Interval], color: str) -> None:
+    low = [interval.mean - (interval.half_width or 0.0) for interval in intervals]
+    high = [interval.mean + (interval.half_width or 0.0) for interval in intervals]
+    axes.fill_between(tokens, low, high, color=color, alpha=0.12, linewidth=0)
 
 
 def _limit(axes, values: list[float]) -> None:
