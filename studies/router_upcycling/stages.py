@@ -19,7 +19,6 @@ PARENT_FILE, UPCYCLING_FILE, VALIDATION_FILE = "parent.jsonl", "upcycling.jsonl"
 MODEL_FOLDER = "model"
 WEIGHTS_FILE = f"{MODEL_FOLDER}/model.safetensors"
 METRICS_FILE, ANALYSIS_FILE = "metrics.json", "analysis.json"
-END_OF_TEXT = "<|endoftext|>"
 # Passages are drawn, and parents initialised, with one seed: those of the study are for what is compared.
 SEED = 0
 
@@ -70,24 +69,12 @@ def _write_passages(passages: Iterator[str], domain: str, num_characters: int, f
 
 
 def train_tokenizer(settings: Mapping[str, Any], inputs: Mapping[str, Path], folder: Path) -> None:
-    """Write a byte-level BPE tokenizer, Qwen's kind, trained on the text of the parents."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    """Write Qwen's tokenizer, trained anew on the text of the parents."""
+    from upcycled_moe.common import tokenizers
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings["vocab_size"],
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
     with (inputs[TEXT] / PARENT_FILE).open(encoding="utf-8") as lines:
-        tokenizer.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT).save_pretrained(
-        folder
-    )
+        texts = (json.loads(line)["text"] for line in lines)
+        tokenizers.train_tokenizer(texts, settings["vocab_size"]).save_pretrained(folder)
 
 
 def train_parent(settings: Mapping[str, Any], inputs: Mapping[str, Path], folder: Path) -> None:
