@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import combinations
 
 import torch
@@ -20,11 +21,12 @@ from ..common.devices import best_device
 from ..common.labelled_text import Block, labelled_blocks
 from ..common.packing import tokenizer_digest
 from ..common.progress import Progress
-from ..common.provenance import installed_versions, recorded_parent
+from ..common.provenance import RecordedParent, installed_versions, recorded_parent
 from ..common.settings import SettingsError
 from ..common.text import open_text
-from .layers import find_moe_layers
+from .layers import MoeLayer, find_moe_layers
 from .measures import MEASURES
+from .measures.expert_weights import ExpertWeights, fits_parent
 from .measures.measure import Subject
 from .parent import DenseParent
 from .results import AnalysisReport, CheckpointResult, Comparison
@@ -35,13 +37,13 @@ from .settings import MAX_BLOCK_SIZE, AnalysisSettings
 
 @dataclass(frozen=True, eq=False)
 class _OpenCheckpoint:
-    """A checkpoint of which everything but the weights is loaded."""
+    """A checkpoint of which everything but the weights is loaded; its MoE layers have none."""
 
     checkpoint: NamedCheckpoint
     config: PreTrainedConfig
+    layers: list[MoeLayer]
     tokenizer: PreTrainedTokenizerBase
     tokenizer_digest: str
-    parent: str | None
 
 
 def analyze(
@@ -55,13 +57,13 @@ def analyze(
         checkpoints: folders or Hub ids; see `name_checkpoints` for names and revisions.
 
     Raises:
-        SettingsError: if a checkpoint or the text cannot be read, there is no MoE layer that can be looked into, or a
-            router computes what is not finite.
+        SettingsError: if a checkpoint, the parent or the text cannot be read, there is no MoE layer that can be looked
+            into, the parent that is named has no layer like any of them, or a router computes what is not finite.
     """
     progress = progress or Progress()
-    if settings.parent is not None:
-        DenseParent(settings.parent)
     opened = [_open(checkpoint, settings) for checkpoint in name_checkpoints(checkpoints)]
+    if settings.parent is not None:
+        _check_parent(settings.parent, opened)
     block_size = _block_size(settings, opened)
     texts: dict[str, dict[str, list[Block]]] = {}
     for one in opened:
@@ -71,18 +73,20 @@ def analyze(
                 documents, one.tokenizer, block_size, settings.tokens_per_domain
             )
         _check_tokens(one, texts[one.tokenizer_digest])
+    parents, notes = _parents(opened, settings)
     results, selections = [], {}
     for one in opened:
-        result, selections[result.name] = _analyze_one(one, texts[one.tokenizer_digest], settings, progress)
+        text, parent = texts[one.tokenizer_digest], parents.get(one.checkpoint.name)
+        result, selections[result.name] = _analyze_one(one, text, parent, settings, progress)
         results.append(result)
-    comparisons, notes = _compare(selections)
+    comparisons, not_compared = _compare(selections)
     return AnalysisReport(
         settings={**asdict(settings), "data": list(settings.data), "block_size": block_size},
         domains=list(next(iter(texts.values()))),
         checkpoints=results,
         comparisons=comparisons,
         versions=installed_versions(),
-        notes=notes,
+        notes=notes + not_compared,
     )
 
 
@@ -91,11 +95,39 @@ def _open(checkpoint: NamedCheckpoint, settings: AnalysisSettings) -> _OpenCheck
     check_code(path, trust_remote_code=settings.trust_remote_code, revision=revision)
     config = load_config(path, revision=revision)
     with _about(checkpoint):
-        find_moe_layers(model_without_weights(path, config, revision=revision))
+        layers = find_moe_layers(model_without_weights(path, config, revision=revision))
     tokenizer = load_tokenizer(path, revision=revision)
-    return _OpenCheckpoint(
-        checkpoint, config, tokenizer, tokenizer_digest(tokenizer), settings.parent or recorded_parent(path)
-    )
+    return _OpenCheckpoint(checkpoint, config, layers, tokenizer, tokenizer_digest(tokenizer))
+
+
+def _check_parent(name: str, opened: Sequence[_OpenCheckpoint]) -> None:
+    parent = DenseParent(name)
+    if not any(fits_parent(layer, parent) for one in opened for layer in one.layers):
+        raise SettingsError(
+            f"{name}: no layer has a feed-forward network of the shape of the experts; give --parent the dense "
+            "checkpoint that they were copied from, or leave it out."
+        )
+
+
+def _parents(opened: Sequence[_OpenCheckpoint], settings: AnalysisSettings) -> tuple[dict[str, str], list[str]]:
+    """Return the parent of each checkpoint that has one, by its name, and a note for each that has changed since."""
+    if settings.parent is not None:
+        return dict.fromkeys((one.checkpoint.name for one in opened), settings.parent), []
+    changed_file = cache(RecordedParent.changed_file)  # checkpoints of a run have one parent
+    parents, notes = {}, []
+    for one in opened:
+        recorded = recorded_parent(one.checkpoint.path)
+        if recorded is None:
+            continue
+        changed = changed_file(recorded)
+        if changed is None:
+            parents[one.checkpoint.name] = recorded.folder
+        else:
+            notes.append(
+                f"The experts of {one.checkpoint.name} are not compared with {recorded.folder}: its {changed} is not "
+                "what it was at the conversion. --parent compares all the same."
+            )
+    return parents, notes
 
 
 def _block_size(settings: AnalysisSettings, opened: Sequence[_OpenCheckpoint]) -> int:
@@ -122,7 +154,11 @@ def _check_tokens(one: _OpenCheckpoint, domains: Mapping[str, Sequence[Block]]) 
 
 
 def _analyze_one(
-    one: _OpenCheckpoint, domains: Mapping[str, Sequence[Block]], settings: AnalysisSettings, progress: Progress
+    one: _OpenCheckpoint,
+    domains: Mapping[str, Sequence[Block]],
+    parent: str | None,
+    settings: AnalysisSettings,
+    progress: Progress,
 ) -> tuple[CheckpointResult, RecordedSelections]:
     """Return the figures of a checkpoint, and what comparing it with others takes; nothing of the model."""
     checkpoint = one.checkpoint
@@ -136,12 +172,13 @@ def _analyze_one(
         _about(checkpoint),
         progress.task(f"Analyzing {checkpoint.name}", num_blocks, "blocks") as advance,
     ):
-        subject = Subject(layers, list(domains), model.device, one.tokenizer, one.parent)
+        subject = Subject(layers, list(domains), model.device, one.tokenizer, parent)
         recorder = SelectionRecorder(subject)
         measures = [measure(subject) for measure in MEASURES]
         run_pass(model, layers, domains, [*measures, recorder], settings.batch_size, advance)
         results = {measure.name: measure.result() for measure in measures}
         selections = recorder.selections()
+    divergence = results[ExpertWeights.name].per_layer["parent_divergence"]
     result = CheckpointResult(
         name=checkpoint.name,
         path=checkpoint.path,
@@ -152,7 +189,7 @@ def _analyze_one(
         tokenizer=one.tokenizer_digest,
         num_tokens={name: sum(len(block["input_ids"]) for block in blocks) for name, blocks in domains.items()},
         measures=results,
-        parent=one.parent,
+        parent=None if all(value is None for value in divergence) else parent,
     )
     return result, selections
 

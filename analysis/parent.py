@@ -4,6 +4,7 @@ Dimensions: H hidden size, I intermediate size.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +21,9 @@ MATRICES = ("gate", "up", "down")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
+# A checkpoint of a whole model names its tensors with it, one of the base model without.
+_PREFIXES = ("model.", "")
+
 
 class DenseParent:
     """Opens a dense checkpoint in safetensors without loading the model.
@@ -28,14 +32,24 @@ class DenseParent:
         model: folder or Hub id, which is downloaded if it is not in the cache.
 
     Raises:
-        SettingsError: if there is no such checkpoint.
+        SettingsError: if there is no such checkpoint, or one of its files cannot be read.
     """
 
     def __init__(self, model: str):
         self.name = model
         check_exists(model)
         folder = Path(model) if Path(model).is_dir() else _download(model)
-        self._files = _files_by_tensor(model, folder)
+        self._files: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for file in _weight_files(model, folder):
+            shapes = _shapes(file)
+            self._shapes |= shapes
+            self._files |= dict.fromkeys(shapes, file)
+
+    def fits(self, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Return whether decoder layer `layer` has a feed-forward network whose matrices have these `shapes`."""
+        names = self._names(layer)
+        return all(self._shapes.get(names[matrix]) == tuple(shapes[matrix]) for matrix in MATRICES)
 
     def feed_forward(self, layer: int) -> dict[str, torch.Tensor]:
         """Return `gate` [I, H], `up` [I, H] and `down` [H, I] of decoder layer `layer`; empty if it has them not.
@@ -43,7 +57,7 @@ class DenseParent:
         Raises:
             SettingsError: if a file cannot be read.
         """
-        names = {matrix: f"model.layers.{layer}.mlp.{matrix}_proj.weight" for matrix in MATRICES}
+        names = self._names(layer)
         if not all(name in self._files for name in names.values()):
             return {}
         tensors = {}
@@ -52,19 +66,41 @@ class DenseParent:
                 with safe_open(self._files[name], framework="pt") as file:
                     tensors[matrix] = file.get_tensor(name)
             except (OSError, SafetensorError) as error:
-                raise SettingsError(f"{self._files[name]}: cannot be read ({_reason(error)})") from error
+                raise _unreadable(self._files[name], error) from error
         return tensors
 
+    def _names(self, layer: int) -> dict[str, str]:
+        """Return the names of the tensors of a layer by matrix, whether the checkpoint has them or not."""
+        choices = [
+            {matrix: f"{prefix}layers.{layer}.mlp.{matrix}_proj.weight" for matrix in MATRICES} for prefix in _PREFIXES
+        ]
+        return next((names for names in choices if names["gate"] in self._files), choices[0])
 
-def _files_by_tensor(model: str, folder: Path) -> dict[str, Path]:
+
+def _weight_files(model: str, folder: Path) -> list[Path]:
     try:
         if (folder / _INDEX).exists():
             weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-            return {name: folder / file for name, file in weight_map.items()}
-        with safe_open(folder / _SINGLE, framework="pt") as file:
-            return dict.fromkeys(file.keys(), folder / _SINGLE)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return [folder / file for file in dict.fromkeys(weight_map.values())]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SettingsError(f"{model}: not a checkpoint in safetensors ({_reason(error)})") from error
+    if not (folder / _SINGLE).is_file():
+        raise SettingsError(f"{model}: not a checkpoint in safetensors (no {_SINGLE}, no {_INDEX})")
+    return [folder / _SINGLE]
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor in a file, from its header; a file that was cut off is seen by its size."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> SettingsError:
+    return SettingsError(f"{path}: cannot be read ({_reason(error)})")
 
 
 def _download(model: str) -> Path:

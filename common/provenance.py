@@ -1,8 +1,10 @@
 """Where results come from: the parent of a converted checkpoint, and the versions of the packages."""
 
+import hashlib
 import importlib.metadata
 import json
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -18,7 +20,32 @@ def installed_versions() -> dict[str, str]:
     }
 
 
-def recorded_parent(folder: str | Path) -> str | None:
+@dataclass(frozen=True)
+class RecordedParent:
+    """The dense checkpoint that another was converted from.
+
+    Args:
+        folder: where it was, and where there still is one.
+        sha256: name and SHA-256 of each weight file, as it was then.
+    """
+
+    folder: str
+    sha256: tuple[tuple[str, str], ...]
+
+    def changed_file(self) -> str | None:
+        """Return the name of a weight file that is not the same any more, or None; reads them all."""
+        for name, digest in self.sha256:
+            try:
+                with Path(self.folder, name).open("rb") as file:
+                    is_same = hashlib.file_digest(file, "sha256").hexdigest() == digest
+            except OSError:
+                is_same = False
+            if not is_same:
+                return name
+        return None
+
+
+def recorded_parent(folder: str | Path) -> RecordedParent | None:
     """Return the dense checkpoint that the one in `folder` was converted from, if that folder is here too.
 
     None as well if it was made of several. Of a checkpoint within a run the run's folder knows.
@@ -27,9 +54,10 @@ def recorded_parent(folder: str | Path) -> str | None:
     for place in (folder, folder.parent):
         try:
             provenance = json.loads((place / PROVENANCE_FILE).read_text(encoding="utf-8"))
-            parent = provenance["source"]["name"]
-            is_only_one = not provenance["expert_sources"]
-        except (OSError, ValueError, KeyError, TypeError):
+            source = provenance["source"]
+            parent = RecordedParent(source["name"], tuple(source["sha256"].items()))
+            is_here = not provenance["expert_sources"] and Path(parent.folder, "config.json").is_file()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-        return parent if is_only_one and (Path(parent) / "config.json").is_file() else None
+        return parent if is_here else None
     return None

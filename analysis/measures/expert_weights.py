@@ -4,6 +4,7 @@ Dimensions: L MoE layers, C experts with weights of their own, H hidden size, I 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,13 +84,7 @@ class ExpertWeights(Measure):
 
     @torch.no_grad()
     def result(self) -> MeasureResult:
-        parent, notes = self._open_parent()
-        products = [_layer_products(layer, parent) for layer in self.subject.layers]
-        if parent is not None and any(layer.updates is None for layer in products):
-            notes.append(
-                f"{parent.name} has no feed-forward networks of the experts' shape in some layers, as if experts are "
-                "slices of it: there is no divergence from it there."
-            )
+        products, notes = self._products()
         similarity = torch.stack([cosines(sum(layer.weights.values())) for layer in products])  # [L, C, C]
         of_matrices = {
             matrix: numbers(torch.stack([mean_of_pairs(cosines(layer.weights[matrix])) for layer in products]))
@@ -111,14 +106,35 @@ class ExpertWeights(Measure):
             notes=notes,
         )
 
-    def _open_parent(self) -> tuple[DenseParent | None, list[str]]:
-        """Return the parent, if it can be read, and what the reader should know if not."""
+    def _products(self) -> tuple[list[_LayerProducts], list[str]]:
+        """Return the products of each layer [L], and what the reader should know about the parent."""
+        layers, notes = self.subject.layers, []
         if self.subject.parent is None:
-            return None, ["The dense parent is not known: there is no divergence from it."]
+            return _of_layers(layers), ["No dense parent is compared with: there is no divergence from it."]
         try:
-            return DenseParent(self.subject.parent), []
+            parent = DenseParent(self.subject.parent)
+            products = _of_layers(layers, parent)
         except SettingsError as error:
-            return None, [f"There is no divergence from the parent. {error}"]
+            return _of_layers(layers), [f"There is no divergence from the parent. {error}"]
+        if any(layer.updates is None for layer in products):
+            notes.append(
+                f"{parent.name} has no feed-forward networks of the experts' shape in some layers, as if experts are "
+                "slices of it: there is no divergence from it there."
+            )
+        if any(layer.updates is not None and not layer.parent for layer in products):
+            notes.append(
+                f"The feed-forward networks of {parent.name} are zero in some layers: there is no divergence there."
+            )
+        return products, notes
+
+
+def _of_layers(layers: Sequence[MoeLayer], parent: DenseParent | None = None) -> list[_LayerProducts]:
+    return [_layer_products(layer, parent) for layer in layers]
+
+
+def fits_parent(layer: MoeLayer, parent: DenseParent) -> bool:
+    """Return whether `parent` has a feed-forward network that the experts of `layer` can be compared with."""
+    return parent.fits(layer.index, {name: weight.shape[1:] for name, weight in _matrices(layer).items()})
 
 
 def _against_parent(products: list[_LayerProducts], num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,22 +143,27 @@ def _against_parent(products: list[_LayerProducts], num_experts: int) -> tuple[t
     similarity = torch.full((len(products), num_experts, num_experts), math.nan, dtype=torch.float64)
     for at, layer in enumerate(products):
         if layer.updates is not None:
-            divergence[at] = layer.updates.diagonal().sqrt() / math.sqrt(layer.parent)
+            if layer.parent:
+                divergence[at] = layer.updates.diagonal().sqrt() / math.sqrt(layer.parent)
             similarity[at] = cosines(layer.updates)
     return divergence, similarity
 
 
 def _layer_products(layer: MoeLayer, parent: DenseParent | None) -> _LayerProducts:
-    gate, up = layer.experts.gate_up_proj.chunk(2, dim=1)  # [C, I, H] each
-    weights = {"gate": gate, "up": up, "down": layer.experts.down_proj}
-    tensors = {} if parent is None else parent.feed_forward(layer.index)
-    has_parent = bool(tensors) and all(tensors[name].shape == weights[name].shape[1:] for name in MATRICES)
+    weights = _matrices(layer)
     updates, parent_square = None, 0.0
-    if has_parent:
+    if parent is not None and fits_parent(layer, parent):
+        tensors = parent.feed_forward(layer.index)
         origin = {name: tensors[name].to(weights[name]) for name in MATRICES}
         updates = sum(_products(weights[name], origin[name]) for name in MATRICES)
         parent_square = sum(origin[name].double().square().sum().item() for name in MATRICES)
     return _LayerProducts({name: _products(weights[name]) for name in MATRICES}, updates, parent_square)
+
+
+def _matrices(layer: MoeLayer) -> dict[str, torch.Tensor]:
+    """Return `gate` [C, I, H], `up` [C, I, H] and `down` [C, H, I]."""
+    gate, up = layer.experts.gate_up_proj.chunk(2, dim=1)
+    return {"gate": gate, "up": up, "down": layer.experts.down_proj}
 
 
 def _products(weights: torch.Tensor, origin: torch.Tensor | None = None) -> torch.Tensor:

@@ -191,6 +191,40 @@ def test_a_parent_that_is_not_here_is_not_compared_with(converted, parent, setti
     assert result.parent is None
 
 
+def test_a_recorded_parent_that_changed_since_is_not_compared_with(converted, settings, tmp_path):
+    retrained = write_dense(tmp_path / "retrained", seed=5)
+    provenance = json.loads((converted / "upcycling.json").read_text())
+    provenance["source"]["name"] = str(retrained)
+    (converted / "upcycling.json").write_text(json.dumps(provenance))
+
+    report = analyze([str(converted)], settings())
+
+    assert report.checkpoints[0].parent is None
+    assert "its model.safetensors is not what it was at the conversion" in report.notes[0]
+
+
+def test_a_recorded_parent_that_cannot_be_read_ends_no_analysis(converted, settings, tmp_path):
+    """Its file is what it was, but the index names another."""
+    provenance = json.loads((converted / "upcycling.json").read_text())
+    broken = shutil.copytree(provenance["source"]["name"], tmp_path / "broken")
+    (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))
+    provenance["source"]["name"] = str(broken)
+    (converted / "upcycling.json").write_text(json.dumps(provenance))
+
+    [result] = analyze([str(converted)], settings()).checkpoints
+
+    assert result.parent is None
+    assert "gone.safetensors: cannot be read" in result.measures["expert_weights"].notes[0]
+
+
+def test_a_named_parent_must_have_a_layer_like_the_experts(moe_checkpoint, converted, parent, settings):
+    other = str(moe_checkpoint("linear"))
+    with pytest.raises(SettingsError, match=f"{parent}: no layer has a feed-forward network of the shape"):
+        analyze([other], settings(parent=str(parent)))
+    first, second = analyze([str(converted), other], settings(parent=str(parent))).checkpoints
+    assert (first.parent, second.parent) == (str(parent), None)
+
+
 def _without_config(folder):
     (folder / "config.json").unlink()
 

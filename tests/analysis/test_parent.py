@@ -4,6 +4,7 @@ import pytest
 import torch
 from dense_checkpoints import write_dense
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 from upcycled_moe.analysis.parent import DenseParent
 from upcycled_moe.common.settings import SettingsError
@@ -50,7 +51,37 @@ def test_a_missing_shard_is_refused(tmp_path):
         file.unlink()
 
     with pytest.raises(SettingsError, match="cannot be read"):
-        DenseParent(str(tmp_path / "dense")).feed_forward(0)
+        DenseParent(str(tmp_path / "dense"))
+
+
+def test_any_broken_shard_is_refused_at_once(tmp_path):
+    write_dense(tmp_path / "dense", max_shard_size="100KB")
+    *_, last = sorted((tmp_path / "dense").glob("*.safetensors"))
+    last.write_bytes(last.read_bytes()[:-8])
+
+    with pytest.raises(SettingsError, match=f"{last}: cannot be read"):
+        DenseParent(str(tmp_path / "dense"))
+
+
+def test_a_checkpoint_of_the_base_model_names_its_tensors_without_prefix(tmp_path):
+    write_dense(tmp_path / "dense")
+    AutoModel.from_pretrained(tmp_path / "dense").save_pretrained(tmp_path / "base")
+    names = load_file(tmp_path / "base" / "model.safetensors").keys()
+
+    whole, base = (DenseParent(str(tmp_path / name)).feed_forward(1) for name in ("dense", "base"))
+
+    assert "layers.1.mlp.gate_proj.weight" in names
+    assert all(torch.equal(base[matrix], whole[matrix]) for matrix in ("gate", "up", "down"))
+
+
+def test_a_layer_fits_by_the_shapes_of_its_matrices(tmp_path):
+    write_dense(tmp_path / "dense")
+    parent = DenseParent(str(tmp_path / "dense"))
+    shapes = {name: matrix.shape for name, matrix in parent.feed_forward(1).items()}
+
+    assert parent.fits(1, shapes)
+    assert not parent.fits(99, shapes)
+    assert not parent.fits(1, {**shapes, "down": shapes["up"]})
 
 
 def test_a_name_that_is_neither_folder_nor_hub_id_is_refused():

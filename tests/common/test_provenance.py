@@ -1,5 +1,6 @@
 """The parent that a conversion recorded: known if it is here, and if it is the only one."""
 
+import hashlib
 import json
 
 import pytest
@@ -20,10 +21,29 @@ def _record(folder, content):
     return folder
 
 
+def _source(parent, hashes=None):
+    return {"source": {"name": str(parent), "sha256": hashes or {}}, "expert_sources": []}
+
+
 def test_the_parent_is_found_from_the_checkpoint_and_from_those_of_a_run(parent, tmp_path):
-    folder = _record(tmp_path / "moe", {"source": {"name": str(parent)}, "expert_sources": []})
+    folder = _record(tmp_path / "moe", _source(parent))
     (folder / "checkpoint-5").mkdir()
-    assert recorded_parent(folder) == recorded_parent(folder / "checkpoint-5") == str(parent)
+    assert recorded_parent(folder) == recorded_parent(folder / "checkpoint-5")
+    assert recorded_parent(folder).folder == str(parent)
+
+
+def test_weights_that_changed_since_are_noticed(parent, tmp_path):
+    first, second = parent / "model-1.safetensors", parent / "model-2.safetensors"
+    hashes = {file.name: hashlib.sha256(file.name.encode()).hexdigest() for file in (first, second)}
+    for file in (first, second):
+        file.write_text(file.name)
+    recorded = recorded_parent(_record(tmp_path / "moe", _source(parent, hashes)))
+
+    assert recorded.changed_file() is None
+    second.write_text("model-3.safetensors")
+    assert recorded.changed_file() == second.name
+    first.unlink()
+    assert recorded.changed_file() == first.name
 
 
 @pytest.mark.parametrize(
@@ -32,8 +52,9 @@ def test_the_parent_is_found_from_the_checkpoint_and_from_those_of_a_run(parent,
         "{",
         "[]",
         {"source": None},
-        {"source": {"name": "org/dense"}, "expert_sources": []},
-        {"source": {"name": "PARENT"}, "expert_sources": [{"name": "other"}]},
+        {"source": {"name": "org/dense", "sha256": {}}, "expert_sources": []},
+        {"source": {"name": "PARENT", "sha256": []}, "expert_sources": []},
+        {"source": {"name": "PARENT", "sha256": {}}, "expert_sources": [{"name": "other"}]},
     ],
 )
 def test_none_is_known_otherwise(parent, tmp_path, content):

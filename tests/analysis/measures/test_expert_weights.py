@@ -1,17 +1,21 @@
 """The similarity of expert weights and their distance from a parent, against whole vectors in double precision."""
 
 import itertools
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from dense_checkpoints import write_dense
 from moe_checkpoints import make_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from upcycled_moe.analysis.layers import find_moe_layers
 from upcycled_moe.analysis.measures import Subject, expert_weights
 from upcycled_moe.analysis.measures.expert_weights import ExpertWeights
+from upcycled_moe.analysis.parent import DenseParent
+from upcycled_moe.common.settings import SettingsError
 
 
 NUM_EXPERTS = 4
@@ -100,7 +104,7 @@ def test_without_a_parent_the_figures_against_it_are_null():
     result = _result(find_moe_layers(make_model("linear")))
 
     assert result.per_layer["parent_divergence"] == result.per_layer["parent_update_similarity"] == [None] * 3
-    assert "not known" in result.notes[0]
+    assert "No dense parent" in result.notes[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -160,6 +164,31 @@ def test_experts_of_another_shape_are_not_compared(parent):
     assert result.per_layer["parent_divergence"] == [None] * 3
     assert result.per_layer["expert_weight_similarity"][0] is not None
     assert "shape" in result.notes[0]
+
+
+def test_a_parent_of_zeros_has_no_norm_to_divide_by(upcycled, parent, tmp_path):
+    folder = shutil.copytree(parent[0], tmp_path / "zeros")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+    result = _result(upcycled(), str(folder))
+
+    assert result.per_layer["parent_divergence"] == [None] * 3
+    assert result.tables["divergence"] == [[None] * NUM_EXPERTS] * 3
+    assert "zero" in result.notes[0]
+
+
+def test_a_parent_that_breaks_while_it_is_read_is_noted(upcycled, parent, monkeypatch):
+    def fail(*_):
+        raise SettingsError("model.safetensors: cannot be read")
+
+    monkeypatch.setattr(DenseParent, "feed_forward", fail)
+
+    result = _result(upcycled(), parent[0])
+
+    assert result.per_layer["parent_divergence"] == [None] * 3
+    assert result.per_layer["expert_weight_similarity"] == pytest.approx([1.0] * 3)
+    assert "cannot be read" in result.notes[0]
 
 
 def test_a_parent_that_cannot_be_read_is_noted(tmp_path):
