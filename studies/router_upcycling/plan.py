@@ -63,7 +63,7 @@ def _method_tasks(study: StudySettings, parent: str, name: str, method: Method, 
     is_moe = method.recipe is not None
     settings = {
         "parent": stages.parent_task(parent),
-        "recipe": study.recipe_of(method, calibration_data=[stages.UPCYCLING_FILE]).to_dict() if is_moe else None,
+        "recipe": study.recipe_of(method, calibration_data=[stages.PARENT_FILE]).to_dict() if is_moe else None,
         "fold_routers": method.fold_routers,
         "training": {**study.training, **method.training},
         "seed": seed,

@@ -3,16 +3,21 @@
 Each function takes settings, the folders of its inputs by task, and the folder to write.
 """
 
+import hashlib
 import json
 import math
 import random
 import shutil
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upcycled_moe.common.settings import SettingsError
 
+
+if TYPE_CHECKING:
+    from upcycled_moe.train.arguments import Arguments
 
 TEXT, TOKENIZER = "text", "tokenizer"
 PARENT_FILE, UPCYCLING_FILE, VALIDATION_FILE = "parent.jsonl", "upcycling.jsonl", "validation.jsonl"
@@ -29,18 +34,17 @@ def parent_task(name: str) -> str:
 
 
 def prepare_text(settings: Mapping[str, Any], inputs: Mapping[str, Path], folder: Path) -> None:
-    """Write passages of all domains, in random order, for the parents, for upcycling, and for validation."""
-    with (
-        (folder / PARENT_FILE).open("w", encoding="utf-8") as parent,
-        (folder / UPCYCLING_FILE).open("w", encoding="utf-8") as upcycling,
-        (folder / VALIDATION_FILE).open("w", encoding="utf-8") as validation,
-    ):
-        for domain in settings["domains"]:
-            passages = _passages(inputs[f"{domain}_train"], settings["passage_characters"])
-            _write_passages(passages, domain, settings["parent_characters"], parent)
-            _write_passages(passages, domain, settings["upcycling_characters"], upcycling)
-            passages = _passages(inputs[f"{domain}_validation"], settings["passage_characters"])
-            _write_passages(passages, domain, settings["validation_characters"], validation)
+    """Write passages of all domains, mixed, for the parents, for upcycling, and for validation; none is in two."""
+    train, validation = (
+        {
+            domain: _passages(inputs[f"{domain}_{split}"], settings["passage_characters"])
+            for domain in settings["domains"]
+        }
+        for split in ("train", "validation")
+    )
+    _write_mixed(folder / PARENT_FILE, train, settings["parent_characters"])
+    _write_mixed(folder / UPCYCLING_FILE, train, settings["upcycling_characters"])
+    _write_mixed(folder / VALIDATION_FILE, validation, settings["validation_characters"])
 
 
 def _passages(path: Path, num_characters: int) -> Iterator[str]:
@@ -57,15 +61,22 @@ def _passages(path: Path, num_characters: int) -> Iterator[str]:
     return iter(passages)
 
 
-def _write_passages(passages: Iterator[str], domain: str, num_characters: int, file) -> None:
-    written = 0
-    while written < num_characters:
-        if (passage := next(passages, None)) is None:
-            raise SettingsError(
-                f"the text of {domain!r} ends {num_characters - written} characters too early; ask for fewer."
-            )
-        file.write(json.dumps({"text": passage, "domain": domain}, ensure_ascii=False) + "\n")
-        written += len(passage)
+def _write_mixed(path: Path, passages: Mapping[str, Iterator[str]], num_characters: int) -> None:
+    """Write `num_characters` of each domain.
+
+    The next passage is of the domain that has the least so far: any beginning of the file, such as that which routers
+    are calibrated on, holds as much of each.
+    """
+    written = dict.fromkeys(passages, 0)
+    with path.open("w", encoding="utf-8") as file:
+        while written[domain := min(written, key=written.__getitem__)] < num_characters:
+            if (passage := next(passages[domain], None)) is None:
+                raise SettingsError(
+                    f"the text of {domain!r} ends {num_characters - written[domain]} characters too early; ask for "
+                    "fewer."
+                )
+            file.write(json.dumps({"text": passage, "domain": domain}, ensure_ascii=False) + "\n")
+            written[domain] += len(passage)
 
 
 def train_tokenizer(settings: Mapping[str, Any], inputs: Mapping[str, Path], folder: Path) -> None:
@@ -96,7 +107,8 @@ def train_method(settings: Mapping[str, Any], inputs: Mapping[str, Path], folder
     """Upcycle a parent by one method, or leave it dense, and train it on."""
     start = inputs[settings["parent"]] / MODEL_FOLDER
     if settings["recipe"] is not None:
-        start = _upcycle(settings, start, inputs[TEXT] / UPCYCLING_FILE, folder)
+        # Calibrated on text that the parent has seen, so that no method sees its own text twice.
+        start = _upcycle(settings, start, inputs[TEXT] / PARENT_FILE, folder)
     text, validation = inputs[TEXT] / UPCYCLING_FILE, inputs[TEXT] / VALIDATION_FILE
     run_training(settings, start, text, validation, settings["seed"], folder)
 
@@ -138,12 +150,14 @@ def run_training(
 
     model = folder / MODEL_FOLDER
     arguments = build_arguments(training_settings(settings["training"], start, text, validation, seed, model))
+    digest = blocks_digest(arguments)
     train(arguments)
     state = json.loads((model / "trainer_state.json").read_text(encoding="utf-8"))
     config = AutoConfig.from_pretrained(model)
     provenance = start / PROVENANCE_FILE
     metrics = {
         "log": state["log_history"],
+        "blocks_digest": digest,
         "tokens_per_step": blocks_per_step(arguments.training) * arguments.data.block_size,
         "num_parameters": _num_parameters(model),
         "flops_per_token": training_flops_per_token(config, settings["training"]["block_size"]),
@@ -152,6 +166,23 @@ def run_training(
     (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     if start.is_relative_to(folder):
         shutil.rmtree(start)
+
+
+def blocks_digest(arguments: "Arguments") -> str:
+    """Return a digest of the blocks that a run trains on, in their order, and of those that it evaluates."""
+    from upcycled_moe.train.data.blocks import blocks_per_step, evaluation_sets
+    from upcycled_moe.train.data.sources import training_blocks
+    from upcycled_moe.train.model import load_tokenizer
+
+    training = arguments.training
+    tokenizer = load_tokenizer(arguments.model)
+    num_blocks = training.max_steps * blocks_per_step(training)
+    seen = hashlib.sha256()
+    for block in islice(training_blocks(arguments.data, tokenizer, training.seed), num_blocks):
+        seen.update(json.dumps(block["input_ids"]).encode())
+    for domain, blocks in evaluation_sets(arguments.data, training, tokenizer).items():
+        seen.update(json.dumps([domain, blocks["input_ids"][:]]).encode())
+    return seen.hexdigest()
 
 
 def _num_parameters(model: Path) -> int:
@@ -170,6 +201,7 @@ def training_settings(
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        "eval_on_start": True,
         **training,
         "model_name_or_path": str(start),
         "output_dir": str(out),

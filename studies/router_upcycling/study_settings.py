@@ -20,6 +20,13 @@ SET_BY_STUDY = (
 )
 
 
+# What a method may train with that others do not: nothing that changes how much it sees, or how it is judged.
+OF_A_METHOD = (
+    *("learning_rate", "router_learning_rate", "warmup_steps", "router_warmup_steps", "weight_decay"),
+    *("max_grad_norm", "lr_scheduler_type"),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextSettings:
     """The text of a study.
@@ -190,6 +197,11 @@ def _check_names(study: StudySettings, path: str) -> None:
         for name in settings:
             if name in SET_BY_STUDY:
                 raise SettingsError(f"{path}: {section}.{name} is set by the study itself; leave it out.")
+            if section.startswith("methods.") and name not in OF_A_METHOD:
+                raise SettingsError(
+                    f"{path}: {section}.{name} must be the same for all methods; set it in training. A method may set "
+                    f"{', '.join(OF_A_METHOD)}."
+                )
 
 
 def _check_analysis(settings: Mapping[str, Any], where: str) -> None:

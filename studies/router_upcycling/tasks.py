@@ -175,13 +175,19 @@ def _execute(task: Task, output: Path, fingerprint: str) -> float:
     log = output / LOG_FOLDER / f"{task.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     inputs = {**{name: output / name for name in task.inputs}, **task.files}
-    began = time.time()
+    began, cpu_began = time.time(), time.process_time()
     with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
             with staged(folder, kind=TASK_FOLDER) as partial:
                 task.function(task.settings, inputs, partial)
                 ended = time.time()
-                content = {"fingerprint": fingerprint, "settings": task.settings, "began": began, "ended": ended}
+                content = {
+                    "fingerprint": fingerprint,
+                    "settings": task.settings,
+                    "began": began,
+                    "ended": ended,
+                    "cpu_seconds": time.process_time() - cpu_began,
+                }
                 with replacing(partial / TASK_FILE) as path:
                     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         except Exception:

@@ -67,7 +67,7 @@ def study_template() -> dict:
         "parent_training": TRAINING,
         "recipe": {
             "num_experts": 4,
-            "calibration_tokens": 256,
+            "calibration_tokens": 1024,
             "calibration_block_size": 32,
             "router_aux_loss_coef": 0.01,
         },

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from itertools import islice
+from itertools import accumulate
 
 import pytest
 import stages
@@ -12,10 +12,12 @@ from plan import study_tasks, training_task
 from run import main
 from study_settings import load_study
 from tasks import run_tasks, tasks_to_do
+from transformers import AutoTokenizer
 
 from upcycled_moe.train.arguments import build_arguments
-from upcycled_moe.train.data.sources import training_blocks
-from upcycled_moe.train.model import load_tokenizer
+
+
+TEXT_FILES = (stages.PARENT_FILE, stages.UPCYCLING_FILE, stages.VALIDATION_FILE)
 
 
 def run_study(config, data, output) -> int:
@@ -54,7 +56,7 @@ def methods(output) -> dict:
 def test_every_method_has_its_runs_and_intervals(methods):
     assert list(methods) == ["dense", "vanilla", "folded"]
     for method in methods.values():
-        assert [point["tokens"] for point in method["runs"]["1"]["curve"]] == [2 * 4 * 32, 4 * 4 * 32]
+        assert [point["tokens"] for point in method["runs"]["1"]["curve"]] == [0, 2 * 4 * 32, 4 * 4 * 32]
         assert set(method["loss"]) == {"fiction", "travel", "all"}
     assert methods["vanilla"]["runs"]["1"]["loss"] != methods["vanilla"]["runs"]["2"]["loss"]
     assert methods["vanilla"]["difference"]["all"] == {"mean": 0.0, "half_width": 0.0}
@@ -97,20 +99,59 @@ def test_a_finished_study_has_nothing_to_do_and_a_changed_method_only_its_own_ru
     ]
 
 
-def test_methods_of_one_seed_see_the_same_blocks_in_the_same_order(output, settings, tasks_of, monkeypatch):
+def test_text_is_mixed_and_calibration_sees_every_domain(output, settings):
+    tokenizer = AutoTokenizer.from_pretrained(output / "tokenizer")
+    passages = [json.loads(line) for line in (output / "text" / stages.PARENT_FILE).open(encoding="utf-8")]
+    lengths = [len(tokenizer(passage["text"])["input_ids"]) for passage in passages]
+    seen = [
+        passage["domain"]
+        for passage, before in zip(passages, accumulate([0, *lengths]), strict=False)
+        if before < settings["recipe"]["calibration_tokens"]
+    ]
+    assert set(seen) == {"fiction", "travel"}
+    for name in TEXT_FILES:
+        characters = {"fiction": 0, "travel": 0}
+        for line in (output / "text" / name).open(encoding="utf-8"):
+            passage = json.loads(line)
+            characters[passage["domain"]] += len(passage["text"])
+            assert abs(characters["fiction"] - characters["travel"]) <= settings["text"]["passage_characters"]
+
+
+def test_no_passage_is_in_two_files(output):
+    files = [(output / "text" / name).read_text("utf-8").splitlines() for name in TEXT_FILES]
+    assert len({line for lines in files for line in lines}) == sum(map(len, files))
+
+
+def test_routers_are_calibrated_on_the_text_of_the_parents(tasks_of, settings):
+    (task,) = [task for task in tasks_of(settings) if task.name == training_task("gqa", "folded", 1)]
+    assert task.settings["recipe"]["calibration_data"] == [stages.PARENT_FILE]
+
+
+def test_methods_of_one_seed_see_the_same_blocks_in_the_same_order(output):
+    digests = {
+        (method, seed): json.loads((output / training_task("gqa", method, seed) / stages.METRICS_FILE).read_text())[
+            "blocks_digest"
+        ]
+        for method in ("dense", "vanilla", "folded")
+        for seed in (1, 2)
+    }
+    for seed in (1, 2):
+        assert len({digests[method, seed] for method in ("dense", "vanilla", "folded")}) == 1
+    assert digests["vanilla", 1] != digests["vanilla", 2]
+
+
+def test_digest_tells_order_and_evaluation(output, settings, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(output / "cache"))
-    model = output / "parent" / "gqa" / stages.MODEL_FOLDER
+    files = [output / "text" / name for name in (stages.UPCYCLING_FILE, stages.VALIDATION_FILE)]
+    start = output / "parent" / "gqa" / stages.MODEL_FOLDER
 
-    def blocks(method: str, seed: int) -> list:
-        (task,) = [task for task in tasks_of(settings) if task.name == training_task("gqa", method, seed)]
-        files = [output / "text" / name for name in (stages.UPCYCLING_FILE, stages.VALIDATION_FILE)]
-        run = stages.training_settings(task.settings["training"], model, *files, task.settings["seed"], output / "x")
-        _, data_args, training_args, *_ = build_arguments(run)
-        packed = training_blocks(data_args, load_tokenizer(build_arguments(run).model), training_args.seed)
-        return [block["input_ids"] for block in islice(packed, 8)]
+    def digest(seed: int = 1, **change) -> str:
+        run = stages.training_settings({**settings["training"], **change}, start, *files, seed, output / "x")
+        return stages.blocks_digest(build_arguments(run))
 
-    assert blocks("vanilla", 1) == blocks("dense", 1) == blocks("folded", 1)
-    assert blocks("vanilla", 1) != blocks("vanilla", 2)
+    assert digest() == digest(learning_rate=1e-2)
+    digests = [digest(), digest(seed=2), digest(max_steps=6), digest(block_size=16), digest(max_eval_blocks=1)]
+    assert len(set(digests)) == len(digests)
 
 
 @pytest.mark.slow

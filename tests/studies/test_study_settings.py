@@ -25,6 +25,10 @@ STUDY = Path(__file__).parents[2] / "studies" / "router_upcycling"
         ({"text": {"domains": []}}, "text: passage_characters is missing"),
         ({"text": 5}, "text=5 has the wrong type"),
         ({"training": {"seed": 3}}, "training.seed is set by the study itself"),
+        (
+            {"methods": {"vanilla": {"title": "V", "parents": ["gqa"], "training": {"max_steps": 9}}}},
+            "methods.vanilla.training.max_steps must be the same for all methods",
+        ),
         ({"analysis": {"block_sise": 8}}, "analysis: unknown key 'block_sise'; did you mean 'block_size'"),
         ({"analysis": {"block_size": 0}}, "analysis: block_size=0 must be at least 1"),
         ({"comparisons": [["vanilla"]]}, "['vanilla'] is not a pair of methods"),
