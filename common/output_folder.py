@@ -1,6 +1,7 @@
 """A folder that a command writes: it is there whole or not at all, and replaces nothing without leave."""
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -19,10 +20,27 @@ LOCK_FILE = "upcycled-moe.lock"
 
 @dataclass(frozen=True)
 class FolderKind:
-    """What a folder holds, and by which of its files that is seen: only such a one may be replaced."""
+    """What a folder holds, and by what that is seen: only such a one may be replaced.
+
+    Args:
+        files: of which it has one at least.
+        keys: of the JSON object in that file; a file of this name that others wrote lacks them.
+        contents: names of all that is ever written there; a folder with anything more is not replaced. Empty if they
+            cannot be told.
+    """
 
     name: str
     files: tuple[str, ...]
+    keys: frozenset[str] = frozenset()
+    contents: frozenset[str] = frozenset()
+
+    def is_in(self, folder: Path) -> bool:
+        """Return whether `folder` is one of these, whatever else it holds."""
+        return any((folder / name).is_file() and self.keys <= _json_keys(folder / name) for name in self.files)
+
+    def strangers(self, folder: Path) -> list[str]:
+        """Return the names of what is in `folder` and was never written there."""
+        return sorted(path.name for path in folder.iterdir() if self.contents and path.name not in self.contents)
 
 
 CHECKPOINT = FolderKind("checkpoint", ("config.json", PROVENANCE_FILE))
@@ -173,11 +191,25 @@ def _check_replaceable(out: Path, overwrite: bool, kind: FolderKind) -> None:
         return
     if not overwrite:
         raise OutputError(f"{out}: exists and is not empty; give another folder, or --overwrite to replace it.")
-    if not any((out / name).is_file() for name in kind.files):
+    if not kind.is_in(out):
         raise OutputError(
             f"{out}: is not empty and holds no {kind.name} ({' or '.join(kind.files)}), so --overwrite does not "
             "replace it; empty it yourself, or give another folder."
         )
+    if strangers := kind.strangers(out):
+        raise OutputError(
+            f"{out}: holds {strangers[0]}, which is no part of the {kind.name} there, so --overwrite does not replace "
+            "it; move it away, or give another folder."
+        )
+
+
+def _json_keys(path: Path) -> frozenset[str]:
+    """Return the keys of the JSON object in `path`; none if it holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return frozenset()
+    return frozenset(content) if isinstance(content, dict) else frozenset()
 
 
 def _clear(partial: Path, ignore_errors: bool = False) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from upcycled_moe.common import output_folder
-from upcycled_moe.common.output_folder import OutputError, staged
+from upcycled_moe.common.output_folder import FolderKind, OutputError, staged
 
 
 def entries(folder: Path) -> list[str]:
@@ -129,3 +129,35 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
         (folder / "new").touch()
     assert (tmp_path / "link").is_symlink()
     assert entries(tmp_path / "target") == ["new"]
+
+
+LETTERS = FolderKind("letter", ("letter.json",), frozenset({"to", "from"}), frozenset({"letter.json", "stamp.png"}))
+
+
+@pytest.mark.parametrize(
+    ("content", "other", "message"),
+    [
+        ('{"to": 1, "from": 2, "date": 3}', "stamp.png", None),
+        ('{"to": 1}', "stamp.png", "holds no letter"),
+        ('["to", "from"]', "stamp.png", "holds no letter"),
+        ("{", "stamp.png", "holds no letter"),
+        ('{"to": 1, "from": 2}', "diary", "holds diary, which is no part of the letter there"),
+    ],
+)
+def test_only_a_folder_of_the_kind_and_with_nothing_else_is_replaced(tmp_path, content, other, message):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "letter.json").write_text(content, encoding="utf-8")
+    (out / other).touch()
+
+    def write():
+        with staged(out, kind=LETTERS) as folder:
+            (folder / "new").touch()
+
+    if message is None:
+        write()
+        assert entries(out) == ["new"]
+    else:
+        with pytest.raises(OutputError, match=message):
+            write()
+        assert entries(out) == sorted(["letter.json", other])
