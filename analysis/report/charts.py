@@ -50,7 +50,7 @@ def measure_charts(report: AnalysisReport, rows: Sequence[SummaryRow]) -> list[L
 
 
 def comparison_charts(report: AnalysisReport) -> list[LayerChart]:
-    """Return a chart for each figure of the comparisons, a line a pair."""
+    """Return a chart for each figure of the comparisons that has numbers, a line a pair."""
     layers = {checkpoint.name: checkpoint.layers for checkpoint in report.checkpoints}
     defined = {figure.name: figure for figure in COMPARISON_FIGURES}
     charts = []
@@ -60,7 +60,8 @@ def comparison_charts(report: AnalysisReport) -> list[LayerChart]:
             indices = layers[each.first]
             values = each.per_layer.get(name) or [None] * len(indices)
             series.append(Series(f"{each.first} and {each.second}", indices, values))
-        charts.append(LayerChart(defined.get(name) or undefined_figure(name), series))
+        if any(value is not None for each in series for value in each.values):
+            charts.append(LayerChart(defined.get(name) or undefined_figure(name), series))
     return _with_baselines(charts)
 
 

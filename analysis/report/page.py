@@ -16,8 +16,9 @@ from .charts import LayerChart, comparison_charts, measure_charts
 from .colors import gradient
 from .listings import Listing, listings
 from .scales import format_number
-from .summary import SummaryRow, summary
-from .svg import NUM_DOMAIN_STYLES, NUM_STYLES, bar_axis, grouped_bars, heat_map, line_chart
+from .styles import NUM_DOMAIN_STYLES, NUM_STYLES, style_rules
+from .summary import SummaryRow, grouped_notes, summary
+from .svg import bar_axis, grouped_bars, heat_map, line_chart
 from .tables import DrawnTable, drawn_tables
 
 
@@ -75,7 +76,7 @@ def render_page(report: AnalysisReport) -> str:
         bars=_bars,
         title_of=_title_of,
         layers_of=_layers_of,
-        style=_asset("style.css") + Markup(".ramp {{ background: {} }}\n").format(gradient()),
+        style=_asset("style.css") + Markup(style_rules()) + Markup(".ramp {{ background: {} }}\n").format(gradient()),
         script=_asset("layers.js"),
     )
 
@@ -91,15 +92,10 @@ def _measures(report: AnalysisReport, rows: Sequence[SummaryRow]) -> list[str]:
 
 
 def _section(report: AnalysisReport, measure: str, rows: Sequence[SummaryRow]) -> Section:
-    notes: dict[str, list[str]] = {}
-    with_measure = [checkpoint for checkpoint in report.checkpoints if measure in checkpoint.measures]
-    for checkpoint in with_measure:
-        for note in checkpoint.measures[measure].notes:
-            notes.setdefault(note, []).append(checkpoint.name)
     return Section(
         slug=_slug(measure),
         title=_title_of(measure),
-        notes=[(note, [] if len(names) == len(with_measure) else names) for note, names in notes.items()],
+        notes=grouped_notes(report, measure),
         charts=measure_charts(report, [row for row in rows if row.measure == measure]),
         tables=drawn_tables(report, measure),
         listings=listings(report, measure),

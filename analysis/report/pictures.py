@@ -11,20 +11,14 @@ import numpy as np
 from ...common.pictures import new_figure, save_png
 from ..results import AnalysisReport
 from .charts import LayerChart, comparison_charts, measure_charts
+from .styles import domain_color, series_color, series_dashes
 from .summary import summary
 from .tables import DrawnTable, Grid, drawn_table
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-# Those of the page in its light theme: the colour-blind can tell them apart, and so can a grey print by the dashes.
-SERIES_COLORS = ("#0b6bb5", "#cc4e08", "#00805c", "#a93d88", "#9a6a00", "#3f4854")
-DASHES = ("-", (0, (5, 2)), (0, (1, 2)), (0, (6, 2, 1, 2)), (0, (10, 3)), (0, (4, 1, 1, 1)))
-DOMAIN_COLORS = (
-    *("#332288", "#66bbdd", "#339988", "#117733", "#999933"),
-    *("#d8c35f", "#cc6677", "#882255", "#aa4499", "#8a929e"),
-)
+    from matplotlib.legend import Legend
 
 OVERVIEW_FILE = "overview.png"
 OVERVIEW_FIGURES = (
@@ -42,8 +36,9 @@ TABLE_FILES = {
     ("routing", "load"): "load.png",
     ("co_activation", "co_activation"): "co_activation.png",
 }
+PICTURE_FILES = (OVERVIEW_FILE, *CHART_FILES.values(), *TABLE_FILES.values())
 
-_OVERVIEW_COLUMNS = 3
+_MAX_COLUMNS = 3
 _MAX_TICKS = 12
 
 
@@ -60,7 +55,7 @@ def write_pictures(report: AnalysisReport, folder: Path) -> None:
     ]
     overview = [chart for chart in charts if chart.figure.name in OVERVIEW_FIGURES]
     if overview:
-        _write_charts(overview, folder / OVERVIEW_FILE, _OVERVIEW_COLUMNS)
+        _write_charts(overview, folder / OVERVIEW_FILE, _MAX_COLUMNS)
     for chart in [*charts, *comparison_charts(report)]:
         if chart.figure.name in CHART_FILES:
             _write_charts([chart], folder / CHART_FILES[chart.figure.name], 1)
@@ -78,25 +73,27 @@ def _write_charts(charts: Sequence[LayerChart], path: Path, num_columns: int) ->
         _draw_chart(axes, chart)
     for axes in grid[len(charts) :]:
         axes.set_visible(False)
-    if len(charts[0].series) > 1:
-        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False)
+    names = [series.name for series in charts[0].series]
+    if len(names) > 1:
+        legend = figure.legend(grid[0].lines[: len(names)], _places(names), loc="outside upper left", ncols=3)
+        _name(legend, names)
     save_png(figure, path)
 
 
 def _draw_chart(axes: "Axes", chart: LayerChart) -> None:
     for number, series in enumerate(chart.series):
+        dashes = series_dashes(number)
         axes.plot(
             series.indices,
             _with_gaps(series.values),
-            color=SERIES_COLORS[number % len(SERIES_COLORS)],
-            linestyle=DASHES[(number + number // len(DASHES)) % len(DASHES)],
+            color=series_color(number),
+            linestyle=(0, dashes) if dashes else "-",
             marker="o",
             markersize=3,
-            label=_plain(series.name),
         )
     for number, series in enumerate(chart.baselines):
-        color = SERIES_COLORS[number % len(SERIES_COLORS)]
-        axes.plot(series.indices, _with_gaps(series.values), color=color, linestyle=":", linewidth=1)
+        values = _with_gaps(series.values)
+        axes.plot(series.indices, values, color=series_color(number), linestyle=":", linewidth=1)
     by_chance = " (thin: by load)" if chart.baseline else ""
     axes.set_title(_plain(chart.figure.title + by_chance), loc="left", fontsize=10)
     axes.set_xlabel("layer")
@@ -106,9 +103,13 @@ def _draw_chart(axes: "Axes", chart: LayerChart) -> None:
 
 
 def _write_table(table: DrawnTable, path: Path) -> None:
-    figure = new_figure(height=3.9, width=max(5.2 * len(table.panels), 7.0))
-    grid = figure.subplots(1, len(table.panels), squeeze=False, sharey=table.has_bars)[0]
-    for axes, panel in zip(grid, table.panels, strict=True):
+    num_columns = min(len(table.panels), _MAX_COLUMNS)
+    num_rows = math.ceil(len(table.panels) / num_columns)
+    figure = new_figure(height=3.5 * num_rows + 0.4, width=max(5.2 * num_columns, 7.0))
+    grid = figure.subplots(num_rows, num_columns, squeeze=False, sharey=table.has_bars).flatten()
+    for axes in grid[len(table.panels) :]:
+        axes.set_visible(False)
+    for axes, panel in zip(grid, table.panels, strict=False):
         layer, values = panel.last
         (_draw_bars if table.has_bars else _draw_map)(axes, values)
         axes.set_xlabel(values.column_title)
@@ -122,14 +123,12 @@ def _write_table(table: DrawnTable, path: Path) -> None:
 def _draw_bars(axes: "Axes", grid: Grid) -> None:
     width = 0.84 / len(grid.rows)
     places = np.arange(len(grid.columns))
-    for number, (label, row) in enumerate(zip(grid.rows, grid.values, strict=True)):
+    for number, row in enumerate(grid.values):
         left = places + (number - (len(grid.rows) - 1) / 2) * width
-        axes.bar(
-            left, np.nan_to_num(row), width, color=DOMAIN_COLORS[number % len(DOMAIN_COLORS)], label=_plain(label)
-        )
+        axes.bar(left, np.nan_to_num(row), width, color=domain_color(number))
     axes.set_xticks(places, grid.columns)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    _name(axes.legend(axes.containers, _places(grid.rows), fontsize=8, ncols=2), grid.rows)
 
 
 def _draw_map(axes: "Axes", grid: Grid) -> None:
@@ -140,6 +139,18 @@ def _draw_map(axes: "Axes", grid: Grid) -> None:
         every = math.ceil(len(labels) / _MAX_TICKS)
         axis.set_ticks(range(0, len(labels), every), [_plain(label) for label in labels[::every]])
     axes.figure.colorbar(image, ax=axes)
+
+
+def _places(names: Sequence[str]) -> list[str]:
+    """Return what `_name` overwrites: Matplotlib leaves those out of a legend that begin with an underscore."""
+    return ["name"] * len(names)
+
+
+def _name(legend: "Legend", names: Sequence[str]) -> None:
+    """Put `names` into `legend`, whatever they begin with."""
+    legend.set_frame_on(False)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(_plain(name))
 
 
 def _with_gaps(values: Sequence[float | None]) -> list[float]:

@@ -27,13 +27,24 @@ class SummaryRow:
 
 
 def summary(report: AnalysisReport) -> list[SummaryRow]:
-    """Return a row for each figure that any of the checkpoints has, in the order of the measures."""
+    """Return a row for each figure that any of the checkpoints has numbers of, in the order of the measures."""
     rows = []
     for measure, figure in _figures(report):
         results = [checkpoint.measures.get(measure) for checkpoint in report.checkpoints]
         means = [each.mean(figure.name) if each and figure.name in each.per_layer else None for each in results]
-        rows.append(SummaryRow(measure, figure, means))
+        if any(mean is not None for mean in means):
+            rows.append(SummaryRow(measure, figure, means))
     return rows
+
+
+def grouped_notes(report: AnalysisReport, measure: str) -> list[tuple[str, list[str]]]:
+    """Return the notes of a measure, each once, with the checkpoints that it is about; with none if with all."""
+    notes: dict[str, list[str]] = {}
+    with_measure = [checkpoint for checkpoint in report.checkpoints if measure in checkpoint.measures]
+    for checkpoint in with_measure:
+        for note in checkpoint.measures[measure].notes:
+            notes.setdefault(note, []).append(checkpoint.name)
+    return [(note, [] if len(names) == len(with_measure) else names) for note, names in notes.items()]
 
 
 def undefined_figure(name: str) -> Figure:

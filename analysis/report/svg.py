@@ -11,14 +11,12 @@ from markupsafe import Markup, escape
 from .charts import LayerChart, Series
 from .colors import color_at, heat_image, is_light
 from .scales import Axis, format_like, format_number, index_axis, value_axis
+from .styles import NUM_DOMAIN_STYLES, NUM_STYLES
 from .tables import Grid
 
 
 WIDTH = 420
 LINE_HEIGHT = 230  # of a chart of lines or bars
-# Series beyond these have colours again; the number of CSS classes `s0`, ….
-NUM_STYLES = 12
-NUM_DOMAIN_STYLES = 10
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 10, 34
 _CHARACTER_WIDTH = 6.2  # mean, of the labels

@@ -21,10 +21,12 @@ class TableView:
     Args:
         title: what its numbers are.
         axes: what each axis counts: `layer`, `domain` or `expert`.
+        is_from_zero: whether its colours begin at 0, as those of shares must: a small difference is to look small.
     """
 
     title: str
     axes: tuple[str, ...]
+    is_from_zero: bool = True
 
     @property
     def is_by_layer(self) -> bool:
@@ -45,10 +47,12 @@ VIEWS = {
     ("committee", "presence"): TableView("Share of domains with the expert among the top ones", _PER_EXPERT),
     ("committee", "committee"): TableView("Members of the standing committee: 1, all others: 0", _PER_EXPERT),
     ("co_activation", "co_activation"): TableView("Share of the row's tokens that select the column too", _PAIRS),
-    ("expert_outputs", "similarity"): TableView("Cosine similarity of expert outputs", _PAIRS),
-    ("expert_weights", "similarity"): TableView("Cosine similarity of expert weights", _PAIRS),
+    ("expert_outputs", "similarity"): TableView("Cosine similarity of expert outputs", _PAIRS, is_from_zero=False),
+    ("expert_weights", "similarity"): TableView("Cosine similarity of expert weights", _PAIRS, is_from_zero=False),
     ("expert_weights", "divergence"): TableView("Divergence from the parent", _PER_EXPERT),
-    ("expert_weights", "update_similarity"): TableView("Cosine similarity of the experts' updates", _PAIRS),
+    ("expert_weights", "update_similarity"): TableView(
+        "Cosine similarity of the experts' updates", _PAIRS, is_from_zero=False
+    ),
 }
 # What others show: the first is the specialisation over K, the second its mean over experts.
 NOT_DRAWN = {("routing", "domain_load"), ("domains", "uniform")}
@@ -152,7 +156,8 @@ def drawn_table(report: AnalysisReport, measure: str, name: str) -> DrawnTable |
     for number, array in arrays.items():
         checkpoint = report.checkpoints[number]
         alike = [other for at, other in arrays.items() if report.checkpoints[at].num_experts == checkpoint.num_experts]
-        scale = limits(value for other in alike for value in other[~np.isnan(other)].tolist())
+        values = [value for other in alike for value in other[~np.isnan(other)].tolist()]
+        scale = limits([0.0, *values] if view.is_from_zero else values)
         panels.append(
             Panel(number, checkpoint.name, _grids(view, array, _labels(report, checkpoint), scale, as_image))
         )
@@ -211,7 +216,7 @@ def _view_of(measure: str, table: str, shape: tuple[int, ...], checkpoint: Check
     if view is None:
         fitting = (axes for axes in (_PER_EXPERT, _PAIRS, _BY_DOMAIN) if shape == tuple(sizes[axis] for axis in axes))
         axes = next(fitting, None)
-        return TableView(table.replace("_", " ").capitalize(), axes) if axes else None
+        return TableView(table.replace("_", " ").capitalize(), axes, is_from_zero=False) if axes else None
     if view.axes != _BY_DOMAIN:
         # Some have no numbers for experts without computation, which come last.
         sizes["expert"] = min(shape[-1], num_experts)

@@ -6,10 +6,13 @@ from ...common.pictures import INSTALL, can_draw
 from ..results import AnalysisReport
 from .json_file import format_json, rounded
 from .page import render_page
+from .pictures import PICTURE_FILES, write_pictures
 
 
 JSON_FILE = "report.json"
 PAGE_FILE = "report.html"
+# All that may be in the folder.
+REPORT_FILES = (JSON_FILE, PAGE_FILE, *PICTURE_FILES)
 
 
 def write_report(report: AnalysisReport, folder: Path) -> None:
@@ -26,6 +29,4 @@ def write_report(report: AnalysisReport, folder: Path) -> None:
         report.notes.append(f"There are no pictures beside this page: Matplotlib is not installed ({INSTALL}).")
     (folder / PAGE_FILE).write_text(render_page(report), encoding="utf-8")
     if can_draw():
-        from .pictures import write_pictures
-
         write_pictures(report, folder)

@@ -27,6 +27,17 @@ def test_checkpoints_with_as_many_experts_share_a_scale():
     assert panels[2].last[1].high < 0.3
 
 
+def test_a_load_that_is_nearly_even_looks_so():
+    report = make_report(names=("only",), num_layers=1, num_experts=2)
+    report.checkpoints[0].measures["routing"].tables["load"] = [[0.52, 0.48]]
+    report.checkpoints[0].measures["expert_outputs"].tables["similarity"] = [[[1.0, 0.96], [0.95, 1.0]]]
+    (load,), (similarity,) = (
+        drawn_table(report, *table).panels for table in (("routing", "load"), ("expert_outputs", "similarity"))
+    )
+    assert load.last[1].shares.min() > 0.9
+    assert similarity.last[1].low == 0.95
+
+
 @pytest.mark.parametrize("table", ["domain_load", "missing"])
 def test_tables_that_are_shown_elsewhere_or_nowhere_are_not_drawn(table):
     assert drawn_table(make_report(), "routing", table) is None

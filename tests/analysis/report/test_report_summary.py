@@ -33,6 +33,11 @@ def test_means_leave_out_layers_without_a_number(rows_of):
     assert (row.name, row.figure, row.values) == ("routing.entropy", ENTROPY, [1.5])
 
 
+def test_figures_that_no_checkpoint_has_numbers_of_are_left_out(rows_of):
+    first = _checkpoint("a", routing={"entropy": [None, None], "load_entropy": [1.0, 2.0]})
+    assert [row.name for row in rows_of(first)] == ["routing.load_entropy"]
+
+
 def test_rows_follow_the_measures_and_unknown_figures_come_last(rows_of):
     first = _checkpoint("a", later={"new_figure": [5.0]}, routing={"load_entropy": [1.0]})
     second = _checkpoint("b", routing={"entropy": [2.0], "load_entropy": [None]})
