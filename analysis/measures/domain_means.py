@@ -19,10 +19,13 @@ class DomainMeans:
     """Means [L, D, E] over the tokens of each domain, for every layer.
 
     Sums stay on the device of the model, and nothing is read back before `means`.
+
+    Args:
+        size: numbers that a token has; by default one for each expert, E.
     """
 
-    def __init__(self, subject: Subject):
-        shape = len(subject.layers), len(subject.domains), subject.num_experts
+    def __init__(self, subject: Subject, size: int | None = None):
+        shape = len(subject.layers), len(subject.domains), subject.num_experts if size is None else size
         self.sums = torch.zeros(shape, dtype=sum_dtype(subject.device), device=subject.device)  # [L, D, E]
         self.num_tokens = torch.zeros(shape[:2], dtype=torch.float64)  # [L, D]
 
@@ -38,8 +41,18 @@ class DomainMeans:
 
 def weight_sums(tokens: RoutedTokens, num_experts: int) -> torch.Tensor:
     """Return the sum [E] over `tokens` of each expert's weight, which is zero where it is not selected."""
-    weights = tokens.weights.flatten().to(sum_dtype(tokens.weights.device))
-    return weights.new_zeros(num_experts + 1).index_add(0, tokens.selected.flatten(), weights)[:-1]
+    return _sums_by_expert(tokens, tokens.weights.to(sum_dtype(tokens.weights.device)), num_experts)
+
+
+def weight_square_sums(tokens: RoutedTokens, num_experts: int) -> torch.Tensor:
+    """Return the sum [E] over `tokens` of the square of each expert's weight."""
+    return _sums_by_expert(tokens, tokens.weights.to(sum_dtype(tokens.weights.device)).square(), num_experts)
+
+
+def _sums_by_expert(tokens: RoutedTokens, values: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Return the sum [E] of the `values` [T, K] of the slots that selected each expert."""
+    sums = values.new_zeros(num_experts + 1).index_add(0, tokens.selected.flatten(), values.flatten())
+    return sums[:-1]
 
 
 def shares(values: torch.Tensor) -> torch.Tensor:

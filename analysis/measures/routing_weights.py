@@ -9,7 +9,15 @@ import torch
 
 from ..layers import RoutedTokens
 from ..results import Figure, MeasureResult
-from .domain_means import DomainMeans, mean_entropy, num_domains_seen, numbers, shares, weight_sums
+from .domain_means import (
+    DomainMeans,
+    mean_entropy,
+    num_domains_seen,
+    numbers,
+    shares,
+    weight_square_sums,
+    weight_sums,
+)
 from .measure import Measure, Subject
 
 
@@ -52,21 +60,35 @@ class RoutingWeights(Measure):
             meaning=(
                 "How much the weighting of experts differs between domains: 0 if all weight them alike, 1 if no two "
                 "share one. High: experts specialise by domain; low beside a high diversity: collapse. It is what an "
-                "expert, drawn by weight, tells about the domain. T independent tokens give about (D−1)(E−1) / (2 T "
-                "ln min(D, E)) by chance."
+                "expert, drawn by weight, tells about the domain."
             ),
             source="generalised Jensen–Shannon divergence (Lin 1991), domains weighted equally; its use here is ours",
+        ),
+        Figure(
+            name="domain_divergence_by_load",
+            title="Divergence between domains that the loads alone give",
+            formula="(D − 1) Σ_d (1 / T_d) Σ_e v_e / q_e / (2 D² ln min(D, E)), v_e = mean_t (w_te − q_e s_t)² / s̄²",
+            meaning=(
+                "What chance gives if all domains route alike and tokens are independent of each other, though text "
+                "is not: only a divergence several times as large is one between domains."
+            ),
+            source="ours; the least order in 1 / T_d",
         ),
     )
 
     def __init__(self, subject: Subject):
         super().__init__(subject)
         self._weights = DomainMeans(subject)
+        self._squares = DomainMeans(subject)
+        self._total_squares = DomainMeans(subject, size=1)
         self._probabilities = DomainMeans(subject)
 
     @torch.no_grad()
     def update(self, number: int, tokens: RoutedTokens) -> None:
         self._weights.add(number, tokens, weight_sums(tokens, self.subject.num_experts))
+        self._squares.add(number, tokens, weight_square_sums(tokens, self.subject.num_experts))
+        totals = tokens.weights.sum(dim=-1, dtype=self._total_squares.sums.dtype)  # [T]
+        self._total_squares.add(number, tokens, totals.square().sum(dim=0, keepdim=True))
         sums = tokens.log_probabilities.exp().sum(dim=0, dtype=self._probabilities.sums.dtype)
         self._probabilities.add(number, tokens, sums)
 
@@ -81,6 +103,11 @@ class RoutingWeights(Measure):
                 "routing_diversity": numbers(routing_diversity(weights)),
                 "weight_range": numbers((of_domain.amax(dim=-1) - of_domain.amin(dim=-1)).nanmean(dim=-1)),
                 "domain_divergence": numbers(domain_divergence(of_domain)),
+                "domain_divergence_by_load": numbers(
+                    divergence_by_load(
+                        weights, self._squares.means(), self._total_squares.means()[..., 0], self._weights.num_tokens
+                    )
+                ),
             },
             tables={"weights": numbers(weights), "probabilities": numbers(self._probabilities.means())},
             notes=notes,
@@ -102,3 +129,35 @@ def domain_divergence(distributions: torch.Tensor) -> torch.Tensor:
     largest = num_domains_seen(distributions).clamp(max=distributions.shape[-1]).log()
     # Rounding can leave a little less than zero.
     return torch.where(largest > 0, divergence.clamp(min=0) / largest, math.nan)
+
+
+def divergence_by_load(
+    weights: torch.Tensor, squares: torch.Tensor, total_squares: torch.Tensor, num_tokens: torch.Tensor
+) -> torch.Tensor:
+    """Return the divergence [L] that domains with the same routing have by chance, from 0 to 1.
+
+    Near its least value the divergence is half the mean over domains of Σ_e (q_de − q_e)² / q_e, and the variance of
+    q_de is that of a token, v_e, over the number of tokens. From Σ_e q_e = 1 follows Σ_e v_e / q_e, where s_t is the
+    weight of all experts of a token, without products of different experts: (Σ_e ⟨w_e²⟩ / q_e − ⟨s²⟩) / s̄².
+
+    Args:
+        weights: mean weight of each expert [L, D, E]; domains without any are left out.
+        squares: mean of its square [L, D, E].
+        total_squares: mean of the square of a token's weights together [L, D].
+        num_tokens: [L, D].
+    """
+    num_experts = weights.shape[-1]
+    has_weight = weights.sum(dim=-1) > 0  # [L, D]
+    num_domains = has_weight.sum(dim=-1)  # [L]
+
+    def mean_of_domains(values: torch.Tensor) -> torch.Tensor:
+        return torch.where(has_weight[..., None], values, 0.0).sum(dim=1) / num_domains[:, None]
+
+    mean = mean_of_domains(weights)  # [L, E]
+    total = mean.sum(dim=-1, keepdim=True)
+    ratios = torch.where(mean > 0, mean_of_domains(squares) * total / mean, 0.0).sum(dim=-1)  # [L]
+    variance = (ratios - mean_of_domains(total_squares[..., None])[:, 0]) / total[:, 0].square()
+    tokens = torch.where(has_weight, 1 / num_tokens, 0.0).sum(dim=-1)  # [L]
+    largest = num_domains.clamp(max=num_experts).log()
+    chance = (num_domains - 1) * tokens * variance / (2 * num_domains.square() * largest)
+    return torch.where(largest > 0, chance.clamp(0.0, 1.0), math.nan)
