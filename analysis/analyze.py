@@ -31,8 +31,14 @@ from .measures.measure import Subject
 from .parent import DenseParent
 from .results import AnalysisReport, CheckpointResult, Comparison
 from .routing_pass import run_pass
-from .saturation import RecordedSelections, SelectionRecorder, compare
+from .saturation import RecordedSelections, SelectionRecorder, compare, differences
 from .settings import MAX_BLOCK_SIZE, AnalysisSettings
+
+
+_CAUTION = (
+    "Router saturation matches experts by their number: it says something of checkpoints of one run, or of runs that "
+    "began with the same experts and routers, and nothing of others."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,14 +85,15 @@ def analyze(
         text, parent = texts[one.tokenizer_digest], parents.get(one.checkpoint.name)
         result, selections[result.name] = _analyze_one(one, text, parent, settings, progress)
         results.append(result)
-    comparisons, not_compared = _compare(selections)
+    comparisons, comparison_notes = _compare(selections)
     return AnalysisReport(
         settings={**asdict(settings), "data": list(settings.data), "block_size": block_size},
         domains=list(next(iter(texts.values()))),
         checkpoints=results,
         comparisons=comparisons,
         versions=installed_versions(),
-        notes=notes + not_compared,
+        notes=notes,
+        comparison_notes=comparison_notes,
     )
 
 
@@ -195,18 +202,30 @@ def _analyze_one(
 
 
 def _compare(selections: Mapping[str, RecordedSelections]) -> tuple[list[Comparison], list[str]]:
-    """Return how each two checkpoints differ, and a note for each two that cannot be compared."""
-    comparisons, notes = [], []
-    for (first, firsts), (second, seconds) in combinations(selections.items(), 2):
-        comparison = compare(first, firsts, second, seconds)
-        if comparison is None:
-            notes.append(
-                f"{first} and {second} are not compared token for token: their tokens, MoE layers or numbers of "
-                "experts differ."
-            )
+    """Return how each two checkpoints that can be compared differ, and notes on what they say and which cannot."""
+    found = [compare(*first, *second) for first, second in combinations(selections.items(), 2)]
+    comparisons = [comparison for comparison in found if comparison is not None]
+    notes = [_CAUTION] if comparisons else []
+    groups: list[list[str]] = []
+    for name, recorded in selections.items():
+        group = next((group for group in groups if not differences(selections[group[0]], recorded)), None)
+        if group is None:
+            groups.append([name])
         else:
-            comparisons.append(comparison)
+            group.append(name)
+    if len(groups) > 1:
+        firsts = [selections[group[0]] for group in groups]
+        differing = {what: None for first, second in combinations(firsts, 2) for what in differences(first, second)}
+        notes.append(
+            f"Not compared with each other token for token, as they differ in {' or '.join(differing)}: "
+            f"{'; '.join(map(_listed, groups))}."
+        )
     return comparisons, notes
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return e.g. `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 @contextmanager

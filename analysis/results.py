@@ -4,7 +4,7 @@ Dimensions: L MoE layers, D domains, E experts.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -102,7 +102,8 @@ class AnalysisReport:
         settings: what it was asked for.
         domains: names, in the order of the tables.
         versions: of the packages.
-        notes: sentences for the reader, such as which checkpoints could not be compared.
+        notes: sentences for the reader, such as what was left out.
+        comparison_notes: sentences on the comparisons, such as which checkpoints could not be compared.
     """
 
     settings: dict[str, Any]
@@ -111,11 +112,16 @@ class AnalysisReport:
     comparisons: list[Comparison]
     versions: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    comparison_notes: list[str] = field(default_factory=list)
     format: int = REPORT_FORMAT
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report for JSON."""
-        return asdict(self)
+        """Return the report for JSON; it shares the lists, which may hold millions of numbers."""
+        checkpoints = [
+            {**vars(one), "measures": {name: dict(vars(each)) for name, each in one.measures.items()}}
+            for one in self.checkpoints
+        ]
+        return {**vars(self), "checkpoints": checkpoints, "comparisons": [dict(vars(one)) for one in self.comparisons]}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "AnalysisReport":

@@ -96,6 +96,16 @@ class SelectionRecorder:
         )
 
 
+def differences(first: RecordedSelections, second: RecordedSelections) -> list[str]:
+    """Return what two checkpoints differ in that keeps them from being compared; nothing if they can be."""
+    is_alike = {
+        "tokens": torch.equal(first.input_ids, second.input_ids),
+        "MoE layers": first.layers == second.layers,
+        "number of experts": first.num_experts == second.num_experts,
+    }
+    return [name for name, alike in is_alike.items() if not alike]
+
+
 def compare(
     first_name: str, first: RecordedSelections, second_name: str, second: RecordedSelections
 ) -> Comparison | None:
@@ -103,12 +113,7 @@ def compare(
 
     It can be where tokens, layers and the number of experts are the same; the experts of a token may differ in number.
     """
-    is_comparable = (
-        first.layers == second.layers
-        and first.num_experts == second.num_experts
-        and torch.equal(first.input_ids, second.input_ids)
-    )
-    if not is_comparable:
+    if differences(first, second):
         return None
     num_experts = first.num_experts
     return Comparison(

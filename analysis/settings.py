@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ..common.settings import SettingsError
 
 
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Of the default block; a model with fewer positions gets its own.
 MAX_BLOCK_SIZE = 1024
 

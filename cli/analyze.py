@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,9 +121,6 @@ def run(options: argparse.Namespace) -> int:
 
 def summarize(report: "AnalysisReport") -> dict[str, Any]:
     """Return the means over layers of each figure by checkpoint, and what was looked at; it fits in JSON."""
-    from ..analysis.report.summary import summary
-
-    rows = summary(report)
     return {
         "domains": report.domains,
         "checkpoints": {
@@ -131,54 +128,84 @@ def summarize(report: "AnalysisReport") -> dict[str, Any]:
                 "path": checkpoint.path,
                 "parent": checkpoint.parent,
                 "num_tokens": checkpoint.num_tokens,
-                "figures": {row.name: row.values[number] for row in rows},
+                "figures": {
+                    f"{measure}.{name}": result.mean(name)
+                    for measure, result in checkpoint.measures.items()
+                    for name in result.per_layer
+                },
+                "notes": [note for result in checkpoint.measures.values() for note in result.notes],
             }
-            for number, checkpoint in enumerate(report.checkpoints)
+            for checkpoint in report.checkpoints
         },
         "comparisons": [
             {"first": one.first, "second": one.second, "figures": {name: one.mean(name) for name in one.per_layer}}
             for one in report.comparisons
         ],
-        "notes": report.notes,
+        "notes": [*report.notes, *report.comparison_notes],
     }
 
 
 def print_analysis(report: "AnalysisReport", out: str) -> None:
-    """Print the means over layers, a row a figure and a column a checkpoint, and where the report is."""
-    from ..analysis.report.summary import summary
+    """Print the means over layers, a row a figure and a column a checkpoint, all notes, and where the report is."""
     from ..analysis.report.write import PAGE_FILE
-    from ..analysis.saturation import FIGURES
     from .console import stdout_console
 
-    console = stdout_console()
-    num_tokens = sum(report.checkpoints[0].num_tokens.values())
-    domains = f"{len(report.domains)} domain{'s' * (len(report.domains) > 1)}"
-    title = f"Means over layers ({num_tokens:,} tokens of {domains})"
-    rows = {row.figure.title: row.values for row in summary(report)}
-    console.print(_figures_table(title, [checkpoint.name for checkpoint in report.checkpoints], rows))
-    if report.comparisons:
-        pairs = [f"{one.first}, {one.second}" for one in report.comparisons]
-        rows = {figure.title: [one.mean(figure.name) for one in report.comparisons] for figure in FIGURES}
-        console.print()
-        console.print(_figures_table("In common", pairs, rows))
-    lines = [
-        f"The experts of {one.name} are compared with those of {one.parent}."
-        for one in report.checkpoints
-        if one.parent is not None
-    ]
-    for line in (*lines, *report.notes, f"Wrote {out}; look at {Path(out, PAGE_FILE)}."):
+    tables = [_summary_table(report)] + ([_comparison_table(report)] if report.comparisons else [])
+    console = stdout_console(*tables)
+    for number, table in enumerate(tables):
+        if number:
+            console.print()
+        console.print(table)
+    for line in (*_notes(report), f"Wrote {out}; look at {Path(out, PAGE_FILE)}."):
         console.print(line, soft_wrap=True, markup=False)
 
 
-def _figures_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> "Table":
+def _summary_table(report: "AnalysisReport") -> "Table":
     from rich.markup import escape
 
+    from ..analysis.report.summary import summary
     from .console import results_table
 
-    names = [escape(name) for name in columns]
+    totals = [sum(checkpoint.num_tokens.values()) for checkpoint in report.checkpoints]
+    is_same = len(set(totals)) == 1
+    tokens = f"{totals[0]:,} tokens" if is_same else "text"
+    title = f"Means over layers ({tokens} of {len(report.domains)} domain{'s' * (len(report.domains) > 1)})"
+    names = [escape(checkpoint.name) for checkpoint in report.checkpoints]
     table = results_table(title, "Figure", *names, numbers=names)
-    for name, values in rows.items():
-        if all(value is None for value in values):
-            continue  # such as the divergence from a parent that is not known
-        table.add_row(name, *("" if value is None else f"{value:.3g}" for value in values))
+    if not is_same:
+        table.add_row("Tokens", *(f"{total:,}" for total in totals))
+    for row in summary(report):
+        table.add_row(row.figure.title, *map(_number, row.values))
     return table
+
+
+def _comparison_table(report: "AnalysisReport") -> "Table":
+    """Return a table with a row a pair: there are many more of them than figures."""
+    from rich.markup import escape
+
+    from ..analysis.saturation import FIGURES
+    from .console import results_table
+
+    titles = [figure.title for figure in FIGURES]
+    table = results_table("In common", "Checkpoints", *titles, numbers=titles)
+    for one in report.comparisons:
+        table.add_row(escape(f"{one.first}, {one.second}"), *(_number(one.mean(figure.name)) for figure in FIGURES))
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _notes(report: "AnalysisReport") -> Iterator[str]:
+    """Yield what a reader of the tables must know."""
+    from ..analysis.report.summary import grouped_notes
+
+    yield from report.comparison_notes
+    for one in report.checkpoints:
+        if one.parent is not None:
+            yield f"The experts of {one.name} are compared with those of {one.parent}."
+    for measure in dict.fromkeys(name for one in report.checkpoints for name in one.measures):
+        for note, names in grouped_notes(report, measure):
+            yield f"{', '.join(names)}: {note}" if names else note
+    yield from report.notes

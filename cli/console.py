@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -68,10 +69,14 @@ def quiet_libraries() -> None:
     huggingface_hub.utils.logging.set_verbosity_error()  # it tells of every retry
 
 
-def stdout_console() -> Console:
-    """Return the console for results; wide enough for its tables when it is not a terminal."""
+def stdout_console(*tables: Table) -> Console:
+    """Return the console for results; wide enough for `tables`, and 120 columns, when it is not a terminal."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=120)
+    if console.is_terminal:
+        return console
+    unbounded = console.options.update_width(10**6)
+    widths = [Measurement.get(console, unbounded, table).maximum for table in tables]
+    return Console(highlight=False, width=max([120, *widths]))
 
 
 def results_table(title: str, *columns: str, numbers: Collection[str] = ()) -> Table:

@@ -71,9 +71,31 @@ def test_checkpoints_that_saw_other_tokens_are_not_compared(moe_checkpoint, sett
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     report = analyze([str(moe_checkpoint("linear")), str(other)], settings())
     assert report.comparisons == []
-    (note,) = report.notes
-    assert note.startswith("linear_0 and other are not compared token for token: their tokens, ")
+    assert report.comparison_notes == [
+        "Not compared with each other token for token, as they differ in tokens: linear_0; other."
+    ]
     assert report.checkpoints[0].tokenizer != report.checkpoints[1].tokenizer
+
+
+def test_one_sentence_says_which_checkpoints_are_not_compared(moe_checkpoint, settings):
+    paths = [
+        moe_checkpoint("linear"),
+        moe_checkpoint("mixture"),
+        moe_checkpoint("linear", 1),
+        moe_checkpoint("mixtral"),
+    ]
+    report = analyze([str(path) for path in [*paths, moe_checkpoint("zero experts")]], settings(tokens_per_domain=64))
+    assert [(one.first, one.second) for one in report.comparisons] == [
+        ("linear_0", "linear_1"),
+        ("linear_0", "mixtral_0"),
+        ("linear_1", "mixtral_0"),
+    ]
+    caution, note = report.comparison_notes
+    assert caution.startswith("Router saturation matches experts by their number")
+    assert note == (
+        "Not compared with each other token for token, as they differ in MoE layers or number of experts: "
+        "linear_0, linear_1 and mixtral_0; mixture_0; zero_experts_0."
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,7 +125,7 @@ def test_the_domain_may_be_a_column(moe_checkpoint, settings, tmp_path):
     assert analyze([str(moe_checkpoint("linear"))], settings(**changes)).domains == ["art", "law"]
 
 
-@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
 def test_the_type_to_compute_in_is_chosen(moe_checkpoint, settings, monkeypatch, dtype):
     found, load_model = [], analyze_module.load_model
 
@@ -113,7 +135,7 @@ def test_the_type_to_compute_in_is_chosen(moe_checkpoint, settings, monkeypatch,
 
     monkeypatch.setattr(analyze_module, "load_model", load)
     analyze([str(moe_checkpoint("olmoe"))], settings(dtype=dtype))
-    assert found[0].dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    assert found[0].dtype == (torch.float32 if dtype == "auto" else getattr(torch, dtype))
 
 
 def test_one_model_is_held_at_a_time(moe_checkpoint, settings, monkeypatch):
@@ -305,5 +327,5 @@ def test_numbers_are_above_zero(name):
 
 
 def test_an_unknown_type_is_refused():
-    with pytest.raises(SettingsError, match="dtype='int8': choose one of auto, float32, bfloat16"):
+    with pytest.raises(SettingsError, match="dtype='int8': choose one of auto, float32, bfloat16, float16"):
         AnalysisSettings(data=["x"], dtype="int8")

@@ -9,6 +9,9 @@ import sys
 import pytest
 import torch
 
+from upcycled_moe.analysis.results import AnalysisReport, CheckpointResult, MeasureResult
+from upcycled_moe.cli.analyze import print_analysis, summarize
+
 
 @pytest.fixture(scope="module")
 def moe(dense, tmp_path_factory):
@@ -39,7 +42,9 @@ def test_a_table_says_what_was_found_and_where(upcycled_moe, arguments, moe, den
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert lines[0] == "Means over layers (256 tokens of 1 domain)"
     assert lines[1] == "Figure first second [b]"
-    assert "Router saturation 1" in lines
+    in_common = lines.index("Checkpoints Router saturation Router saturation that the loads alone give")
+    assert lines[in_common + 1].startswith("first, second [b] 1 0.")
+    assert any(line.startswith("Router saturation matches experts by their number") for line in lines)
     assert f"The experts of first are compared with those of {dense}." in lines
     assert lines[-1] == f"Wrote {tmp_path / 'out'}; look at {tmp_path / 'out' / 'report.html'}."
     assert (tmp_path / "out" / "report.html").is_file()
@@ -58,6 +63,46 @@ def test_json_holds_the_means_that_the_report_shows(upcycled_moe, arguments, moe
     entropies = report["checkpoints"][0]["measures"]["routing"]["per_layer"]["entropy"]
     assert checkpoint["figures"]["routing.entropy"] == pytest.approx(sum(entropies) / 3, rel=1e-5)
     assert checkpoint["figures"]["expert_weights.parent_divergence"] == 0.0
+
+
+def _report(**num_tokens):
+    measures = {
+        "routing": MeasureResult({"entropy": [1.25, 1.5], "load_entropy": [None, None]}, notes=["Said of all."]),
+        "expert_weights": MeasureResult({"parent_divergence": [None, None]}),
+    }
+    checkpoints = [
+        CheckpointResult(name, "path", "mixtral", 4, 2, [0, 1], "digest", {"text": number}, measures)
+        for name, number in num_tokens.items()
+    ]
+    return AnalysisReport({}, ["text"], checkpoints, [], {}, ["Said at last."], ["Said of pairs."])
+
+
+def test_rows_of_many_checkpoints_stay_on_one_line(capsys):
+    names = [f"run_of_the_large_model_{number}" for number in range(12)]
+    print_analysis(_report(**dict.fromkeys(names, 4096)), "out")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["Figure", *names] in lines
+    assert ["Entropy", "of", "the", "routing", "probabilities", *["1.38"] * 12] in lines
+    assert not any(line[:4] == ["Entropy", "of", "the", "load"] for line in lines)
+
+
+def test_tokens_are_told_of_each_checkpoint_where_they_differ(capsys):
+    print_analysis(_report(first=4096, second=5000), "out")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["Means", "over", "layers", "(text", "of", "1", "domain)"]
+    assert lines[2] == ["Tokens", "4,096", "5,000"]
+
+
+def test_all_notes_are_printed_and_no_parent_that_nothing_was_compared_with(capsys):
+    report = _report(first=1, second=1)
+    print_analysis(report, "out")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-4:-1] == ["Said of pairs.", "Said of all.", "Said at last."]
+    assert not any("compared with" in line for line in lines)
+    printed = summarize(report)
+    assert printed["notes"] == ["Said at last.", "Said of pairs."]
+    assert printed["checkpoints"]["first"]["notes"] == ["Said of all."]
+    assert printed["checkpoints"]["first"]["figures"]["expert_weights.parent_divergence"] is None
 
 
 def test_a_whole_process_needs_no_leave_for_code_in_a_folder(arguments, tmp_path):

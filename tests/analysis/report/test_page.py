@@ -127,6 +127,14 @@ def test_notes_name_their_checkpoints_unless_all_have_them():
     assert notes == ["Said of all.", "second: Said of one."]
 
 
+def test_notes_on_comparisons_stand_there_even_if_nothing_is_compared():
+    report = make_report()
+    report.comparisons, report.comparison_notes = [], ["They differ in tokens."]
+    page = render_page(report)
+    assert page.index('<section id="comparisons">') < page.index('<p class="note">They differ in tokens.</p>')
+    assert '<a href="#comparisons">' in page
+
+
 def test_missing_numbers_leave_gaps_and_dashes():
     report = make_report(names=("only",))
     report.checkpoints[0].measures["routing"].per_layer["entropy"] = [None, 0.5, None]
