@@ -15,6 +15,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from .devices import is_out_of_memory
 from .settings import SettingsError
+from .tokenizers import has_vocabulary
 
 
 def check_code(model: str, *, trust_remote_code: bool, revision: str | None = None) -> None:
@@ -46,6 +47,7 @@ def load_config(model: str, *, own_code: bool = True, revision: str | None = Non
     """
     if Path(model).is_dir() and not (Path(model) / "config.json").exists():
         raise SettingsError(f"{model}: there is no config.json; give the folder of a finished checkpoint.")
+    _auto_map(model, revision)  # what is wrong with it has no clear message below
     with _loading(model):
         auto_class = _auto_class("AutoConfig", model, own_code, revision)
         return auto_class.from_pretrained(model, revision=revision or "main")
@@ -63,11 +65,15 @@ def load_model(
     """Return `model`, a language model or a sequence classifier, in evaluation mode on `device`.
 
     Raises:
-        SettingsError: if it cannot be loaded.
+        SettingsError: if it cannot be loaded, or its tensors are not the ones that the configuration asks for.
     """
     with _loading(model):
         auto_class = _auto_class(_auto_name(config), model, own_code, revision)
-        loaded = auto_class.from_pretrained(model, config=config, dtype=dtype, revision=revision or "main")
+        loaded, info = auto_class.from_pretrained(
+            model, config=config, dtype=dtype, revision=revision or "main", output_loading_info=True
+        )
+    _check_tensors(model, info)
+    with _loading(model):
         return loaded.eval().to(device)
 
 
@@ -85,15 +91,26 @@ def model_without_weights(
         return auto_class._from_config(config) if is_model else auto_class.from_config(config)
 
 
-def load_tokenizer(model: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model: str, *, config: PreTrainedConfig | None = None, revision: str | None = None
+) -> PreTrainedTokenizerBase:
     """Return the tokenizer of `model`; it runs no code that the checkpoint brings.
+
+    Args:
+        config: load it as that of a model with this configuration; by default with the one beside it.
 
     Raises:
         SettingsError: if there is none.
     """
     with _loading(model):
         # Unless told, it asks at the terminal whether to run the code of the model, which it needs for nothing.
-        return transformers.AutoTokenizer.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            model, config=config, revision=revision or "main", trust_remote_code=False
+        )
+    # For some model types, Transformers makes up an empty one where there are no files.
+    if not has_vocabulary(tokenizer):
+        raise SettingsError(f"{model}: there is no tokenizer; put its files beside the weights.")
+    return tokenizer
 
 
 def check_exists(model: str) -> None:
@@ -111,9 +128,35 @@ def _auto_name(config: PreTrainedConfig) -> str:
     return "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
 
 
+def _check_tensors(model: str, info: dict[str, Any]) -> None:
+    """Check what loading tells of the tensors in the files: Transformers draws those that are missing at random."""
+    problems = (
+        ("is missing from the files", info["missing_keys"]),
+        ("has another shape in the files than the configuration says", [name for name, *_ in info["mismatched_keys"]]),
+        # Old checkpoints also stored the rotary frequencies, which follow from the configuration.
+        (
+            "has no place in the model",
+            [name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")],
+        ),
+    )
+    for problem, names in problems:
+        if names:
+            more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+            raise SettingsError(
+                f"{model}: tensor {min(names)!r} {problem}{more}; give a checkpoint whose config.json and weights "
+                "belong together."
+            )
+
+
 def _auto_map(model: str, revision: str | None) -> dict[str, str]:
     with _loading(model):
-        return _config_dict(model, revision).get("auto_map") or {}
+        auto_map = _config_dict(model, revision).get("auto_map", {})
+    if not isinstance(auto_map, dict):
+        raise SettingsError(
+            f"{model}: auto_map in config.json is {auto_map!r} instead of names of classes; remove it there, or name "
+            "the code that the model needs."
+        )
+    return auto_map
 
 
 def _config_dict(model: str, revision: str | None) -> dict[str, Any]:
@@ -125,7 +168,7 @@ def _auto_class(name: str, model: str, own_code: bool, revision: str | None) -> 
 
     The Auto classes themselves prefer a class that this process has registered over that code.
     """
-    auto_map = _config_dict(model, revision).get("auto_map", {}) if own_code else {}
+    auto_map = _auto_map(model, revision) if own_code else {}
     if name not in auto_map:
         return getattr(transformers, name)
     return get_class_from_dynamic_module(auto_map[name], model, revision=revision or "main")
@@ -135,7 +178,7 @@ def _auto_class(name: str, model: str, own_code: bool, revision: str | None) -> 
 def _loading(model: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         if is_out_of_memory(error):
             raise
         raise SettingsError(f"{model}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
