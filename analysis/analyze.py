@@ -74,7 +74,9 @@ def analyze(
     texts: dict[str, dict[str, list[Block]]] = {}
     for one in opened:
         if one.tokenizer_digest not in texts:
-            documents = open_text(settings.data, settings.split, settings.text_column, settings.domain_column)
+            documents = open_text(
+                settings.data, settings.split, settings.text_column, settings.domain_column, whole_folders=True
+            )
             texts[one.tokenizer_digest] = labelled_blocks(
                 documents, one.tokenizer, block_size, settings.tokens_per_domain
             )

@@ -1,11 +1,8 @@
 """Streamed text: files or Hub datasets in, documents or packed blocks of tokens out."""
 
-import glob
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,20 +11,15 @@ from transformers import PreTrainedTokenizerBase
 
 from .packing import PackedBlocks, TokenizedText, digest
 from .settings import SettingsError
+from .text_files import TextPlace, find_text, how_to_load
 
 
-# What `datasets` calls the loader of each kind of file.
-LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text"}
-COMPRESSIONS = (".gz", ".zst")
-SPLITS = ("train", "validation", "test")
 # Where documents say their domain, if nothing else is asked for.
 DOMAIN_COLUMN = "domain"
 DOCUMENT_FEATURES = Features({"text": Value("string"), "domain": Value("string")})
 
 # Names of files and datasets that a description holds; its digest is over all.
 MAX_DESCRIBED = 3
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?$")
 
 
 @dataclass(frozen=True)
@@ -134,7 +126,11 @@ def _replaced(items: list, index: int, item: Any) -> list:
 
 
 def open_text(
-    sources: Sequence[str], split: str = "train", text_column: str = "text", domain_column: str | None = None
+    sources: Sequence[str],
+    split: str = "train",
+    text_column: str = "text",
+    domain_column: str | None = None,
+    whole_folders: bool = False,
 ) -> TextStream:
     """Return the documents of all sources, streamed, with `text` and `domain`.
 
@@ -146,97 +142,28 @@ def open_text(
             is.
         text_column: Column that holds the text.
         domain_column: Column that holds the domain, which all sources must have; by default `domain`, which they may
-            have. Without it the domain is the sub-folder that a file lies in, in a folder that has sub-folders, else
-            the name of the file without its split, or of the dataset.
+            have. Without it the place of a file says its domain; see `find_text`.
+        whole_folders: Read all files of a folder in which none names a split, whatever `split` says.
 
     Raises:
         SettingsError: if a source is missing, of an unknown kind, empty, or has no such column.
     """
-    if not sources:
-        raise SettingsError("No text is given; name files, folders or Hub datasets.")
     opened = []
-    for source in sources:
-        if files := find_files(source, split):
-            opened += [_open_file(file, text_column, domain, domain_column) for file, domain in files.items()]
+    for place in find_text(sources, split, whole_folders):
+        if place.file is None:
+            opened.append(_open_hub_dataset(place, split, text_column, domain_column))
         else:
-            opened.append(_open_hub_dataset(source, split, text_column, domain_column))
+            opened.append(_open_file(place, text_column, domain_column))
     return TextStream(opened)
 
 
-def find_files(source: str, split: str = "train") -> dict[Path, str]:
-    """Return the files that `source` names, sorted, and the domain of each; none if it looks like a Hub dataset.
-
-    The domain is that of the documents that do not say theirs.
-
-    Raises:
-        SettingsError: if it is neither, or a file is of an unknown kind.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if loader_of(file) and _split_of(file, path) == split)
-        if not files:
-            raise SettingsError(f"{source}: no {split} text in this folder; files are {', '.join(LOADERS)}.")
-        return {file: _domain_of(file, path) for file in files}
-    if path.is_file():
-        files = [path]
-    elif glob.has_magic(source):
-        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-        if not files:
-            raise SettingsError(f"{source}: no file matches this pattern.")
-    elif _HUB_ID.match(source) and loader_of(path) is None:
-        return []
-    else:
-        raise SettingsError(
-            f"{source}: no such file or folder, and not a Hub dataset like org/name or org/name:config."
-        )
-    for file in files:
-        if loader_of(file) is None:
-            raise SettingsError(f"{file}: unknown kind of text file; known are {', '.join(LOADERS)}.")
-    return {file: _domain_of(file, file.parent) for file in files}
-
-
-def loader_of(file: Path) -> str | None:
-    """Return what `datasets` calls the loader of `file`, or None if it is of an unknown kind."""
-    return LOADERS.get(Path(_uncompressed_name(file)).suffix)
-
-
-def _uncompressed_name(file: Path) -> str:
-    is_compressed = file.suffix in COMPRESSIONS and Path(file.stem).suffix != ".parquet"
-    return file.stem if is_compressed else file.name
-
-
-def _stem(file: Path) -> str:
-    return Path(_uncompressed_name(file)).stem
-
-
-def _split_of(file: Path, folder: Path) -> str:
-    name = _stem(file)
-    named = (split for split in SPLITS if name == split or name.endswith(f"_{split}"))
-    return next(named, None) or next((part for part in _sub_folders(file, folder) if part in SPLITS), "train")
-
-
-def _domain_of(file: Path, folder: Path) -> str:
-    """Return the uppermost sub-folder of `folder` that `file` lies in, else its name; both without splits."""
-    sub_folders = [part for part in _sub_folders(file, folder) if part not in SPLITS]
-    return sub_folders[0] if sub_folders else re.sub(rf"_({'|'.join(SPLITS)})$", "", _stem(file))
-
-
-def _sub_folders(file: Path, folder: Path) -> tuple[str, ...]:
-    return file.relative_to(folder).parts[:-1]
-
-
-def how_to_load(file: Path, text_column: str) -> tuple[str, dict[str, str], str]:
-    """Return the loader of `file`, its options, and the column of the text."""
-    loader = loader_of(file)
-    return (loader, {"sample_by": "document"}, "text") if loader == "text" else (loader, {}, text_column)
-
-
-def _open_file(file: Path, text_column: str, domain: str, domain_column: str | None) -> TextSource:
+def _open_file(place: TextPlace, text_column: str, domain_column: str | None) -> TextSource:
+    file = place.file
     loader, options, column = how_to_load(file, text_column)
     try:
         rows = load_dataset(loader, data_files=str(file), split="train", streaming=True, **options)
         identity = (file.name, file.stat().st_size, column)
-        return _as_source(rows, str(file), column, domain, domain_column, identity)
+        return _as_source(rows, place, column, domain_column, identity)
     except SettingsError:
         raise
     # The loaders raise whatever the parser of the format raises.
@@ -244,18 +171,18 @@ def _open_file(file: Path, text_column: str, domain: str, domain_column: str | N
         raise SettingsError(f"{file}: not a readable {loader} file ({first_line(error)}).") from error
 
 
-def _open_hub_dataset(source: str, split: str, text_column: str, domain_column: str | None) -> TextSource:
-    name, _, config = source.partition(":")
+def _open_hub_dataset(place: TextPlace, split: str, text_column: str, domain_column: str | None) -> TextSource:
+    name, _, config = place.name.partition(":")
     try:
         rows = load_dataset(name, config or None, split=split, streaming=True)
-        identity = (source, split, text_column)
-        return _as_source(rows, source, text_column, name.split("/")[-1], domain_column, identity)
+        identity = (place.name, split, text_column)
+        return _as_source(rows, place, text_column, domain_column, identity)
     except SettingsError:
         raise
     # The Hub client raises errors of many libraries: no such dataset, configuration, split, access or connection.
     except Exception as error:
         raise SettingsError(
-            f"{source}: no such file or folder, and no {split} split to be read on the Hub ({first_line(error)})."
+            f"{place.name}: no such file or folder, and no {split} split to be read on the Hub ({first_line(error)})."
         ) from error
 
 
@@ -266,23 +193,22 @@ def first_line(error: Exception) -> str:
 
 def _as_source(
     rows: IterableDataset,
-    name: str,
+    place: TextPlace,
     text_column: str,
-    domain: str,
     domain_column: str | None,
     identity: tuple[Any, ...],
 ) -> TextSource:
-    """Return `rows` as a source with the columns `text` and `domain` only; `domain` is for rows that name none."""
+    """Return `rows` as a source with the columns `text` and `domain` only; rows that name none have the place's."""
     first = next(iter(rows), None)
-    check_columns(first, name, text_column, domain_column)
+    check_columns(first, place.name, text_column, domain_column)
     column = domain_column or DOMAIN_COLUMN
 
     def to_document(row: dict[str, Any]) -> dict[str, str]:
         said = row.get(column)
-        return {"text": row[text_column] or "", "domain": domain if said in (None, "") else str(said)}
+        return {"text": row[text_column] or "", "domain": place.domain if said in (None, "") else str(said)}
 
     documents = rows.map(to_document, remove_columns=list(first), features=DOCUMENT_FEATURES)
-    return TextSource(name, documents, to_document(first)["domain"], column in first, identity)
+    return TextSource(place.name, documents, to_document(first)["domain"], column in first, identity)
 
 
 def check_columns(first: dict[str, Any] | None, name: str, text_column: str, domain_column: str | None = None) -> None:

@@ -13,6 +13,7 @@ from modeling_upcycled_moe import UpcycledQwenMoeConfig
 
 from ..common.flops import forward_flops_per_token
 from ..common.settings import SettingsError
+from ..common.text_files import find_files
 from .contents import num_computed_elements
 from .experts import expert_width
 from .preservation import Preservation, preservation
@@ -232,9 +233,6 @@ def build_plan(source: DenseSource, recipe: ConversionRecipe) -> ConversionPlan:
 def _calibration_files(recipe: ConversionRecipe) -> tuple[Path, ...]:
     if not recipe.calibration_data:
         return ()
-    # Imported here: a plan without text need not wait for the readers of text.
-    from ..common.text import find_files
-
     return tuple(file for name in recipe.calibration_data for file in find_files(name, recipe.calibration_split))
 
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ...common.packing import digest, tokenize, tokenizer_identity
 from ...common.settings import SettingsError
-from ...common.text import DOMAIN_COLUMN, check_columns, find_files, first_line, how_to_load
+from ...common.text import DOMAIN_COLUMN, check_columns, first_line
+from ...common.text_files import TextPlace, find_text, how_to_load
 
 
 TOKEN_FEATURES = Features({"input_ids": List(Value("int32")), "domain": Value("string")})
@@ -109,25 +110,22 @@ def tokenized_text(
         SettingsError: if a source is missing, of an unknown kind, empty, not readable, or has no such column.
         OSError: if the cache cannot be written.
     """
-    if not sources:
-        raise SettingsError("No text is given; name files, folders or Hub datasets.")
     tokenized = []
-    for source in sources:
-        for file, domain in (find_files(source, split) or {None: None}).items():
-            name = source if file is None else str(file)
-            try:
-                with FileLock(_lock_file(name, split)):
-                    tokenized.append(_tokenized(name, file, domain, split, text_column, tokenizer, num_workers))
-            except SettingsError:
-                raise
-            # The loaders raise whatever the parser of the format, the Hub's client or the disk raises, and wrap it.
-            except Exception as error:
-                reason = error.__cause__ or error
-                if isinstance(reason, OSError):
-                    raise OSError(
-                        f"{name}: cannot be tokenized into {datasets.config.HF_DATASETS_CACHE} ({first_line(reason)})."
-                    ) from error
-                raise SettingsError(f"{name}: cannot be read to its end ({first_line(reason)}).") from error
+    for place in find_text(sources, split):
+        try:
+            with FileLock(_lock_file(place.name, split)):
+                tokenized.append(_tokenized(place, split, text_column, tokenizer, num_workers))
+        except SettingsError:
+            raise
+        # The loaders raise whatever the parser of the format, the Hub's client or the disk raises, and wrap it.
+        except Exception as error:
+            reason = error.__cause__ or error
+            if isinstance(reason, OSError):
+                raise OSError(
+                    f"{place.name}: cannot be tokenized into {datasets.config.HF_DATASETS_CACHE} "
+                    f"({first_line(reason)})."
+                ) from error
+            raise SettingsError(f"{place.name}: cannot be read to its end ({first_line(reason)}).") from error
     return concatenate_datasets(tokenized)
 
 
@@ -138,33 +136,31 @@ def _lock_file(name: str, split: str) -> Path:
 
 
 def _tokenized(
-    name: str,
-    file: Path | None,
-    domain: str | None,
+    place: TextPlace,
     split: str,
     text_column: str,
     tokenizer: PreTrainedTokenizerBase,
     num_workers: int | None,
 ) -> Dataset:
-    """Return the tokens of one file, of the `domain` that its place says, or of the dataset `name` on the Hub."""
-    if file is None:
-        dataset, _, config = name.partition(":")
-        rows, domain = load_dataset(dataset, config or None, split=split), dataset.split("/")[-1]
+    """Return the tokens of one file or dataset."""
+    if place.file is None:
+        dataset, _, config = place.name.partition(":")
+        rows = load_dataset(dataset, config or None, split=split)
     else:
-        loader, options, text_column = how_to_load(file, text_column)
-        rows = load_dataset(loader, data_files=str(file), split="train", **options)
-    check_columns(rows[0] if len(rows) else None, name, text_column)
+        loader, options, text_column = how_to_load(place.file, text_column)
+        rows = load_dataset(loader, data_files=str(place.file), split="train", **options)
+    check_columns(rows[0] if len(rows) else None, place.name, text_column)
 
     def to_tokens(batch: dict[str, list]) -> dict[str, list]:
         texts = batch[text_column]
         domains = batch.get(DOMAIN_COLUMN, [None] * len(texts))
         return {
             "input_ids": tokenize(tokenizer, [text or "" for text in texts]),
-            "domain": [one or domain for one in domains],
+            "domain": [one or place.domain for one in domains],
         }
 
     # Its own fingerprint of the function would hash the tokenizer with what its calls leave behind in it.
-    identity = (rows._fingerprint, tokenizer_identity(tokenizer), text_column, domain)
+    identity = (rows._fingerprint, tokenizer_identity(tokenizer), text_column, place.domain)
     return rows.map(
         to_tokens,
         batched=True,
@@ -174,7 +170,7 @@ def _tokenized(
         features=TOKEN_FEATURES,
         load_from_cache_file=True,
         new_fingerprint=Hasher.hash(identity),
-        desc=f"Tokenizing {name}",
+        desc=f"Tokenizing {place.name}",
     )
 
 
