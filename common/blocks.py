@@ -4,16 +4,19 @@ Dimensions: B blocks in a batch, S block size.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .packing import BlockPacker, tokenize
 from .text import TextStream, next_document
 
+
+logger = logging.get_logger(__name__)
 
 IGNORED_LABEL = -100
 
@@ -56,38 +59,50 @@ def count_targets(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return (targets != IGNORED_LABEL).sum()
 
 
+def documents_in_need(
+    documents: TextStream, is_full: Callable[[str], bool], max_in_vain: int | None = None
+) -> Iterator[dict[str, str]]:
+    """Yield the documents of all domains that are not full, of one source after the other in turn.
+
+    A source of one domain is read no further than it takes. Nothing tells which domains a source with a column for
+    them still holds: it is read to its end, or until `max_in_vain` documents in a row are of full domains.
+
+    Args:
+        is_full: Whether a domain needs no more documents.
+    """
+    texts = deque((source, iter(source.documents), 0) for source in documents.sources)
+    while texts:
+        source, text, num_in_vain = texts.popleft()
+        if not source.has_domain_column and is_full(source.domain):
+            continue
+        document = next_document(text, source.name)
+        if document is None:
+            continue
+        if not is_full(document["domain"]):
+            num_in_vain = 0
+            yield document
+        elif (num_in_vain := num_in_vain + 1) == max_in_vain:
+            logger.warning(
+                f"{source.name}: not read on after {max_in_vain} documents in a row of domains that need no more; if "
+                "other domains come later, shuffle the documents or give each domain a file of its own."
+            )
+            continue
+        texts.append((source, text, num_in_vain))
+
+
 def blocks_by_domain(
     documents: TextStream,
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
     max_blocks: int | None,
     document_mask: bool = False,
-    keep_rest: bool = False,
 ) -> dict[str, list[dict[str, list[int]]]]:
-    """Return the first `max_blocks` blocks of each domain, packed as if it was alone.
-
-    With `keep_rest`, what the text of a domain leaves over is its last block, shorter than the others.
-    """
+    """Return the first `max_blocks` blocks of each domain, packed as if it was alone."""
     packers: dict[str, BlockPacker] = defaultdict(lambda: BlockPacker(block_size, document_mask))
-    blocks: dict[str, list[dict[str, list[int]]]] = {}
-    texts = deque((source, iter(source.documents)) for source in documents.sources)
-    while texts:
-        source, text = texts.popleft()
-        domain = None if source.has_domain_column else source.domain
-        if domain in blocks and len(blocks[domain]) == max_blocks:
-            continue
-        document = next_document(text, source.name)
-        if document is None:
-            continue
-        texts.append((source, text))
-        found = blocks.setdefault(document["domain"], [])
-        if len(found) == max_blocks:
-            continue
+    blocks: dict[str, list[dict[str, list[int]]]] = defaultdict(list)
+    for document in documents_in_need(documents, lambda domain: len(blocks.get(domain, ())) == max_blocks):
+        found = blocks[document["domain"]]
         [tokens] = tokenize(tokenizer, [document["text"]])
         num_missing = None if max_blocks is None else max_blocks - len(found)
         found += (block for block, _ in islice(packers[document["domain"]].add(tokens), num_missing))
-    if keep_rest:
-        for name, found in blocks.items():
-            if len(found) != max_blocks and (rest := packers[name].end()) is not None:
-                found.append(rest)
-    return blocks
+    return dict(blocks)

@@ -49,6 +49,15 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[l
     return [[*tokens, *end] for tokens in encoded["input_ids"]]
 
 
+def beginning_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the beginning-of-text token, if the tokenizer by default puts it before a text, else nothing."""
+    if tokenizer.bos_token_id is None:
+        return []
+    plain, default = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    is_added = default[:1] == [tokenizer.bos_token_id] != plain[:1]
+    return [tokenizer.bos_token_id] if is_added else []
+
+
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, int | None]:
     """Return what decides which tokens a text becomes: the backend as JSON, where there is one, and the last token."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -211,17 +211,3 @@ def test_documents_that_name_their_domain_are_sorted_out(tmp_path, tokenizer):
     found = blocks_by_domain(open_text([str(file)]), tokenizer, 4, 1, document_mask=True)
     assert {domain: len(blocks) for domain, blocks in found.items()} == {"law": 1, "art": 1}
     assert found["law"][0]["position_ids"] == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("max_blocks", [None, 1, 2, 3, 4])
-def test_what_a_domain_leaves_over_may_be_a_shorter_block(tmp_path, tokenizer, max_blocks):
-    file = tmp_path / "short.jsonl"
-    file.write_text("".join(json.dumps({"text": "a few words"}) + "\n" for _ in range(5)))
-    whole = blocks_by_domain(open_text([str(file)]), tokenizer, 1000, None, document_mask=True, keep_rest=True)
-    (everything,) = whole["short"]
-    size = len(everything["input_ids"]) // 3 - 1  # three blocks, and a shorter one
-
-    found = blocks_by_domain(open_text([str(file)]), tokenizer, size, max_blocks, document_mask=True, keep_rest=True)
-    kept = everything["input_ids"] if max_blocks is None else everything["input_ids"][: max_blocks * size]
-    assert [token for block in found["short"] for token in block["input_ids"]] == kept
-    assert all(len(block["input_ids"]) == len(block["position_ids"]) for block in found["short"])
