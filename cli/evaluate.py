@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..common.checkpoint_names import name_checkpoints
 from ..common.output_folder import FolderKind, check_output_folder, staged
@@ -13,9 +14,12 @@ from ..evaluation.settings import AUTO, DTYPES, MAX_BLOCK_SIZE, EvaluationSettin
 from ..evaluation.tasks import PAPER_GROUP
 
 
+if TYPE_CHECKING:
+    from ..evaluation.results import EvaluationReport
+
 MEMORY_ADVICE = "lower --batch-size, --block-size or --dtype"
 RESULTS_FILE = "results.json"
-EVALUATION = FolderKind("evaluation", (RESULTS_FILE,))
+EVALUATION = FolderKind("evaluation", (RESULTS_FILE,), contents=frozenset({RESULTS_FILE}))
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -112,19 +116,32 @@ def run(options: argparse.Namespace) -> int:
 
     from ..evaluation.evaluate import evaluate
     from .console import ConsoleProgress, quiet_libraries
-    from .evaluation_tables import print_report
 
     quiet_libraries()
-    report = evaluate(checkpoints, settings, ConsoleProgress())
-    content = json.dumps(report.to_dict(), indent=2)
-    if options.output is not None:
-        with staged(options.output, options.overwrite, EVALUATION) as folder:
-            (folder / RESULTS_FILE).write_text(content + "\n", encoding="utf-8")
-    if options.json:
-        print(content)
-    else:
-        print_report(report)
+    reports: list[EvaluationReport] = []
+    try:
+        evaluate(checkpoints, settings, ConsoleProgress(), keep=reports.append)
+    finally:
+        # What stops a later checkpoint, even an interruption, does not lose what the earlier ones took hours for.
+        if reports:
+            _deliver(reports[-1], options)
     return 0
+
+
+def _deliver(report: "EvaluationReport", options: argparse.Namespace) -> None:
+    """Print the report, and write it if asked to; neither waits for the other to work."""
+    from .evaluation_tables import print_report
+
+    content = json.dumps(report.to_dict(), indent=2, allow_nan=False)
+    try:
+        if options.json:
+            print(content)
+        else:
+            print_report(report)
+    finally:
+        if options.output is not None:
+            with staged(options.output, options.overwrite, EVALUATION) as folder:
+                (folder / RESULTS_FILE).write_text(content + "\n", encoding="utf-8")
 
 
 def settings_from(options: argparse.Namespace) -> EvaluationSettings:

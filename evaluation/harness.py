@@ -1,10 +1,11 @@
 """lm-evaluation-harness as a library: its tasks, with data of the Hub or of local files, and its scores of a model."""
 
 import contextlib
+import io
 import logging
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,20 +13,17 @@ from typing import Any
 
 import lm_eval.tasks
 from datasets import Dataset
+from huggingface_hub.errors import LocalEntryNotFoundError
 from lm_eval.api.group import Group
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import CacheHook
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
-from lm_eval.models.huggingface import HFLM
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..common.progress import Progress
 from ..common.settings import SettingsError
 from ..common.text import first_line
+from .language_model import LanguageModel
 from .offline_data import read_offline_data
 from .results import Score, TaskInfo
-from .tasks import PAPER_GROUP, PAPER_TASKS, headline_metric
+from .tasks import ACCURACIES, PAPER_GROUP, PAPER_TASKS, headline_metric
 
 
 OWN_TASKS = Path(__file__).parent / "harness_tasks"
@@ -34,10 +32,14 @@ _PAPER_TASK_FOLDERS = (
     "openbookqa", "arc", "hellaswag", "winogrande", "super_glue/boolq", "super_glue/copa", "nq_open", "triviaqa"
 )  # fmt: skip
 
-# Answers to open questions are short, but a weak model never comes to a stop sign: what goes on for so long is wrong
-# either way, and need not be generated to the harness's 256 tokens.
-_SHORT_ANSWER_TASKS = ("nq_open", "triviaqa")
-_SHORT_ANSWER_TOKENS = 64
+# Right answers of the paper's open questions. They are short, but a weak model never comes to a stop sign: what is
+# twice as long as the longest of them is wrong either way, and need not be written to the harness's 256 tokens.
+_RIGHT_ANSWERS: dict[str, Callable[[Mapping[str, Any]], Sequence[str]]] = {
+    "nq_open": lambda item: item["answer"],
+    "triviaqa": lambda item: item["answer"]["aliases"],
+}
+
+_UNREACHABLE = (ConnectionError, TimeoutError, socket.gaierror, LocalEntryNotFoundError)
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
@@ -71,20 +73,18 @@ def load_tasks(names: Sequence[str], offline_data: Path | None = None) -> Harnes
         loaded, left_out = _load_offline(names, offline_data)
     else:
         loaded, left_out = _load_from_hub(names), ()
-    for name, task in loaded["tasks"].items():
+    for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(0)
-        if name in _SHORT_ANSWER_TASKS:
-            limit = {"max_gen_toks": _SHORT_ANSWER_TOKENS}
-            task.set_config(key="generation_kwargs", value=limit, update=True)
     return HarnessTasks(loaded["tasks"], loaded["groups"], offline_data is not None, left_out)
 
 
 def _load_from_hub(names: Sequence[str]) -> dict[str, Any]:
-    manager = _task_manager()
-    if not set(names) <= set(manager.all_tasks):
-        manager = lm_eval.tasks.TaskManager(include_path=OWN_TASKS)
+    own_names = {PAPER_GROUP, *PAPER_TASKS}
+    # A tag has more tasks than those of the paper.
+    is_paper_alone = own_names.issuperset(names)
+    manager = _task_manager() if is_paper_alone else lm_eval.tasks.TaskManager(include_path=OWN_TASKS)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
     for name in names:
         if name not in manager.all_tasks:
@@ -95,13 +95,23 @@ def _load_from_hub(names: Sequence[str]) -> dict[str, Any]:
             found = manager.load([name])
         # Data sets and tasks with code of their own raise whatever they like.
         except Exception as error:
-            raise SettingsError(
-                f"{name}: the data of this task cannot be had ({type(error).__name__}: {first_line(error)}); without "
-                "the Hub, give local files with --offline-data."
-            ) from error
+            reason = f"({type(error).__name__}: {first_line(error)})"
+            if not _is_unreachable(error):
+                raise SettingsError(f"{name}: this task cannot be loaded {reason}.") from error
+            way_out = "; without the Hub, give local files with --offline-data" if name in own_names else ""
+            raise SettingsError(f"{name}: the data of this task cannot be reached {reason}{way_out}.") from error
         for part in loaded:
             loaded[part] |= found[part]
     return loaded
+
+
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Return whether `error`, or what it came of, is that another machine could not be reached."""
+    while error is not None:
+        if isinstance(error, _UNREACHABLE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _load_offline(names: Sequence[str], folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -132,121 +142,56 @@ def _reader(data: Dataset) -> Callable[..., dict[str, Dataset]]:
     return lambda **_: dict.fromkeys(("train", "validation", "test"), data)
 
 
-class _Advance(CacheHook):
-    """Counts answers: the harness hands each of them to a cache as soon as it has it."""
-
-    def __init__(self, advance: Callable[[int], None]):
-        super().__init__(None)
-        self.advance = advance
-
-    def add_partial(self, attr: str, req: Any, res: Any) -> None:
-        self.advance(1)
-
-
-class LanguageModel(HFLM):
-    """A loaded model as the harness asks it; counts by task the items whose prompt does not fit in.
-
-    Args:
-        model: of any type; log-probabilities are taken in float32 whatever it computes in.
-        batch_size: prompts in a forward pass, or `auto`.
-        name: what progress calls it.
-
-    Attributes:
-        truncated: task and number of each item of which the beginning was cut off.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        batch_size: int | str,
-        name: str = "the model",
-        progress: Progress | None = None,
-    ):
-        super().__init__(
-            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, softmax_dtype="float32"
-        )
-        self.name = name
-        self.progress = progress or Progress()
-        self.truncated: set[tuple[str, int]] = set()
-        self._asked: Sequence[Instance] = ()
-
-    @property
-    def max_gen_toks(self) -> int:
-        """Tokens of an answer where the task does not say; half the model's positions, if these are few."""
-        return min(super().max_gen_toks, self.max_length // 2)
-
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return for each continuation its log-probability, and whether it is the most probable one."""
-        self._asked = requests
-        try:
-            with self._shown(f"Answers scored by {self.name}", requests):
-                return super().loglikelihood(requests, disable_tqdm=True)
-        finally:
-            self._asked = ()
-
-    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
-        # Rolling windows come here too, and are asked for by nobody.
-        for instance, (_, context, continuation) in zip(self._asked, requests, strict=False):
-            if len(continuation) > self.max_length:
-                raise SettingsError(
-                    f"{instance.task_name}: an answer of {len(continuation)} tokens is longer than the model's "
-                    f"{self.max_length} positions; leave the task out (--tasks)."
-                )
-            # The last token is predicted, and not read.
-            if len(context) + len(continuation) > self.max_length + 1:
-                self.truncated.add((instance.task_name, instance.doc_id))
-        return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-probability of each text."""
-        with self._shown(f"Texts scored by {self.name}", requests):
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return what follows each prompt, up to a stop sign."""
-        for instance in requests:
-            prompt, settings = instance.args
-            num_new = settings.get("max_gen_toks", self.max_gen_toks)
-            if num_new >= self.max_length:
-                raise SettingsError(
-                    f"{instance.task_name}: generates up to {num_new} tokens, and the model has {self.max_length} "
-                    "positions; leave the task out (--tasks)."
-                )
-            if len(self.tok_encode(prompt)) > self.max_length - num_new:
-                self.truncated.add((instance.task_name, instance.doc_id))
-        with self._shown(f"Answers written by {self.name}", requests):
-            return super().generate_until(requests, disable_tqdm=True)
-
-    @contextlib.contextmanager
-    def _shown(self, description: str, requests: Sequence[Instance]) -> Iterator[None]:
-        """Show progress in place of the harness's own bars."""
-        with self.progress.task(description, len(requests), "requests") as advance:
-            self.set_cache_hook(_Advance(advance))
-            yield
-
-    def num_truncated(self) -> dict[str, int]:
-        """Return how many items were cut, by task."""
-        return dict(Counter(task for task, _ in self.truncated))
-
-
 def score_tasks(
     model: LanguageModel, tasks: HarnessTasks, limit: int | None = None
-) -> tuple[dict[str, dict[str, Score]], dict[str, TaskInfo]]:
-    """Return all figures of each task, and of each group that has any, and what is known of the task.
+) -> tuple[dict[str, dict[str, Score]], dict[str, TaskInfo], dict[str, list[float]]]:
+    """Return all figures of each task, and of each group that has any, what is known of it, and its items' accuracies.
 
     Args:
         limit: items of each task, the first ones; by default all.
+
+    Raises:
+        SettingsError: if an item does not fit into the model, or a figure is not finite.
     """
+    _limit_short_answers(model, tasks, limit)
     # The harness prints how it finds a batch size, where results go.
-    with contextlib.redirect_stdout(sys.stderr):
-        found = evaluate(model, {"tasks": tasks.tasks, "groups": tasks.groups}, limit=limit, log_samples=False)
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = evaluate(model, {"tasks": tasks.tasks, "groups": tasks.groups}, limit=limit, log_samples=True)
     scores = {}
     for name, metrics in found["results"].items():
         if read := _read_scores(metrics):
+            _check_finite(model.name, name, read)
             scores[name] = read
     infos = {name: _task_info(name, scores[name], tasks, found, limit) for name in scores}
-    return scores, infos
+    items = {name: _item_scores(found["samples"].get(name, []), info.metric) for name, info in infos.items()}
+    return scores, infos, items
+
+
+def _limit_short_answers(model: LanguageModel, tasks: HarnessTasks, limit: int | None) -> None:
+    """Let the model write twice as much as the longest right answer in its own tokens, or what the harness allows."""
+    for name, right_answers in _RIGHT_ANSWERS.items():
+        if name not in tasks.tasks:
+            continue
+        task = tasks.tasks[name]
+        answers = [answer for _, item in task.doc_iterator(limit=limit) for answer in right_answers(item)]
+        longest = max(map(len, model.tokenizer(answers, add_special_tokens=False)["input_ids"]))
+        num_tokens = min(2 * longest, model.max_gen_toks)
+        task.set_config(key="generation_kwargs", value={"max_gen_toks": num_tokens}, update=True)
+
+
+def _check_finite(model_name: str, task: str, scores: Mapping[str, Score]) -> None:
+    for metric, score in scores.items():
+        if not math.isfinite(score.value):
+            raise SettingsError(f"{model_name}: {metric} of {task} is not finite ({score.value}); leave the task out.")
+
+
+def _item_scores(samples: Sequence[Mapping[str, Any]], metric: str) -> list[float]:
+    """Return the accuracy of each item, in order; none where `metric` is no accuracy of single items."""
+    # A task may read answers in several ways; the first is what it is quoted by.
+    read = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    if metric not in ACCURACIES or any(metric not in sample for sample in read):
+        return []
+    return [float(sample[metric]) for sample in sorted(read, key=lambda sample: sample["doc_id"])]
 
 
 def _read_scores(metrics: Mapping[str, Any]) -> dict[str, Score]:
@@ -259,13 +204,19 @@ def _read_scores(metrics: Mapping[str, Any]) -> dict[str, Score]:
         error = metrics.get(f"{metric}_stderr,{answer_filter}")
         # A task may read answers in several ways; the first is what it is quoted by.
         name = metric if metric not in scores else key
-        scores[name] = Score(float(value), None if isinstance(error, str) or error is None else float(error))
+        scores[name] = Score(float(value), _standard_error(error))
     return scores
+
+
+def _standard_error(error: float | str | None) -> float | None:
+    # The harness writes "N/A".
+    return None if error is None or isinstance(error, str) or not math.isfinite(error) else float(error)
 
 
 def _task_info(
     name: str, scores: Mapping[str, Score], tasks: HarnessTasks, found: Mapping[str, Any], limit: int | None
 ) -> TaskInfo:
+    version = found["versions"].get(name)
     counts = found["n-samples"].get(name, {"effective": 0, "original": 0})
     return TaskInfo(
         name=name,
@@ -274,7 +225,7 @@ def _task_info(
         num_available=counts["original"],
         chance=_chance(tasks.tasks[name], limit) if name in tasks.tasks else None,
         offline=tasks.offline,
-        version=str(found["versions"].get(name)),
+        version=None if version is None else str(version),
     )
 
 

@@ -42,7 +42,7 @@ class TaskInfo:
         num_available: in the data.
         chance: what guessing gives; None where that is not known.
         offline: whether its data was read from local files, and not from the Hub.
-        version: of the harness's task.
+        version: of the harness's task; None if it has none.
     """
 
     name: str
@@ -51,7 +51,7 @@ class TaskInfo:
     num_available: int
     chance: float | None
     offline: bool
-    version: str
+    version: str | None
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,23 @@ class DomainLoss:
         return self.loss * self.num_tokens / math.log(2) / self.num_bytes if self.num_bytes else None
 
 
+@dataclass(frozen=True)
+class Differences:
+    """How much more a checkpoint scores than the first one, and the standard error of that.
+
+    Both answer the same items and read the same blocks, so errors are of the differences of these, one by one.
+
+    Args:
+        tasks: of the figure that stands for a task, where it is an accuracy.
+        averages: by name.
+        domains: in bits per byte; without an error where tokenizers differ, as blocks do then.
+    """
+
+    tasks: dict[str, Score] = field(default_factory=dict)
+    averages: dict[str, Score] = field(default_factory=dict)
+    domains: dict[str, Score] = field(default_factory=dict)
+
+
 @dataclass
 class CheckpointResult:
     """What was found for one checkpoint.
@@ -94,7 +111,11 @@ class CheckpointResult:
         tasks: by task, all its figures.
         averages: by name.
         num_truncated: by task, items whose prompt was cut from the left to fit into the model's positions.
+        num_new_tokens: by task that answers are written for, how many tokens one may have.
         domains: by domain.
+        documents_alone: whether the model read documents one at a time, as it does not tell those of a block apart;
+            None without text.
+        differences: from the first checkpoint; None for that.
     """
 
     name: str
@@ -107,7 +128,10 @@ class CheckpointResult:
     tasks: dict[str, dict[str, Score]] = field(default_factory=dict)
     averages: dict[str, Average] = field(default_factory=dict)
     num_truncated: dict[str, int] = field(default_factory=dict)
+    num_new_tokens: dict[str, int] = field(default_factory=dict)
     domains: dict[str, DomainLoss] = field(default_factory=dict)
+    documents_alone: bool | None = None
+    differences: Differences | None = None
 
 
 @dataclass
@@ -119,6 +143,7 @@ class EvaluationReport:
         tasks: in the order of the tables.
         notes: sentences for the reader, such as what was left out.
         versions: of the packages.
+        complete: whether all checkpoints are there that were asked for.
     """
 
     settings: dict[str, Any]
@@ -126,6 +151,7 @@ class EvaluationReport:
     checkpoints: list[CheckpointResult]
     notes: list[str]
     versions: dict[str, str]
+    complete: bool = True
     format: int = RESULTS_FORMAT
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,11 +1,15 @@
 import json
+import math
+import re
 import subprocess
 import sys
 
 import pytest
 from dense_checkpoints import write_dense
 
-from upcycled_moe.evaluation.results import EvaluationReport
+from upcycled_moe.cli.evaluation_tables import _difference
+from upcycled_moe.common.checkpoints import load_model
+from upcycled_moe.evaluation.results import EvaluationReport, Score
 
 
 @pytest.fixture
@@ -14,29 +18,129 @@ def no_harness(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
 
-def evaluate_text(upcycled_moe, dense, text_file, *options):
-    return upcycled_moe("evaluate", dense, "--perplexity-data", text_file, "--tokens-per-domain", 300, *options)
+def evaluate_text(upcycled_moe, checkpoints, text_file, *options):
+    """Evaluate a checkpoint or several, in perplexity."""
+    checkpoints = checkpoints if isinstance(checkpoints, tuple) else (checkpoints,)
+    return upcycled_moe("evaluate", *checkpoints, "--perplexity-data", text_file, "--tokens-per-domain", 300, *options)
 
 
-def test_table_of_perplexity(upcycled_moe, dense, text_file, tmp_path):
-    worse = write_dense(tmp_path / "worse", seed=1)
-    names = (f"one={dense}", f"two={dense}", f"three={worse}")
-    status, out, err = upcycled_moe("evaluate", *names, "--perplexity-data", text_file, "--tokens-per-domain", 300)
+def rows_of(out, domain="sample"):
+    return [line for line in out.splitlines() if line.startswith(domain)]
+
+
+def test_tables_of_perplexity_and_of_differences(upcycled_moe, dense, text_file, tmp_path):
+    other = write_dense(tmp_path / "other", seed=1)
+    names = (f"one={dense}", f"two={dense}", f"three={other}")
+    status, out, err = evaluate_text(upcycled_moe, names, text_file)
     assert (status, err) == (0, "")
-    [row] = [line for line in out.splitlines() if line.startswith("sample")]
     assert out.splitlines()[1].split() == ["Domain", "Tokens", "one", "two", "three"]
-    bits = [float(cell.rstrip("*")) for cell in row.split() if cell.count(".") == 1 and len(cell.rstrip("*")) == 5]
-    marked = [cell for cell in row.split() if cell.endswith("*")]
-    assert len(bits) == row.count("±") == 3
-    # Equal ones are both the best.
-    assert [float(cell.rstrip("*")) for cell in marked] == [bit for bit in bits if bit == min(bits)]
+    losses, differences = rows_of(out)
+    assert losses.count("±") == 3
+    bits = [float(cell.split()[0]) for cell in losses.split(", ")[1:]]
+    same, different = re.findall(r"([+-]\d+\.\d+) ± (\d+\.\d+)(\*?)", differences)
+    assert same == ("+0.000", "0.000", "")
+    assert float(different[0]) == pytest.approx(bits[2] - bits[0], abs=0.0011)
+    assert (different[2] == "*") == (abs(float(different[0])) > 2 * float(different[1]))
 
 
-def test_nothing_is_the_best_where_all_are_equal(upcycled_moe, dense, text_file):
-    names = (f"one={dense}", f"two={dense}")
-    _, out, _ = upcycled_moe("evaluate", *names, "--perplexity-data", text_file, "--tokens-per-domain", 300)
-    [row] = [line for line in out.splitlines() if line.startswith("sample")]
-    assert "*" not in row
+@pytest.mark.parametrize(
+    ("score", "shown"),
+    [
+        (Score(0.021, 0.01), "+2.1 ± 1.0*"),
+        (Score(-0.021, 0.01), "-2.1 ± 1.0*"),
+        (Score(0.019, 0.01), "+1.9 ± 1.0 "),
+        (Score(0.0, 0.0), "+0.0 ± 0.0 "),
+        (Score(0.5, None), "+50.0 "),
+        (None, "-"),
+    ],
+)
+def test_a_mark_stands_where_chance_hardly_gets(score, shown):
+    assert _difference(score, 100, 1) == shown
+
+
+def test_long_names_are_numbered(upcycled_moe, dense, text_file):
+    names = ("a-checkpoint-of-a-long-name", "b")
+    _, out, _ = evaluate_text(upcycled_moe, tuple(f"{name}={dense}" for name in names), text_file)
+    assert out.splitlines()[1].split() == ["Domain", "Tokens", "#1", "#2"]
+    assert {f"#1: {names[0]}", "#2: b"} <= set(out.splitlines())
+
+
+def test_a_domain_without_bytes_has_a_dash(upcycled_moe, dense, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("upcycled_moe.evaluation.perplexity.target_bytes", lambda *_: 0)
+    status, out, _ = evaluate_text(
+        upcycled_moe, (f"one={dense}", f"two={dense}"), text_file, "--output", tmp_path / "out"
+    )
+    assert status == 0
+    losses, differences = rows_of(out)
+    assert losses.count(", -") == 2
+    assert differences.split()[-1] == "-"
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert content["checkpoints"][0]["domains"]["sample"]["bits_per_byte"] is None
+
+
+def cut_weights(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def test_what_breaks_a_later_checkpoint_loses_no_earlier_one(upcycled_moe, dense, text_file, tmp_path):
+    broken = write_dense(tmp_path / "broken")
+    cut_weights(broken)
+    out_folder = tmp_path / "out"
+    status, out, err = evaluate_text(upcycled_moe, (f"one={dense}", broken), text_file, "--output", out_folder)
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"{broken}: cannot be loaded" in err
+    assert len(rows_of(out)) == 1
+    assert "Incomplete: broken not evaluated." in out
+    content = json.loads((out_folder / "results.json").read_text())
+    assert content["complete"] is False
+    assert [checkpoint["name"] for checkpoint in content["checkpoints"]] == ["one"]
+
+
+def test_an_interruption_loses_no_finished_checkpoint(upcycled_moe, dense, text_file, monkeypatch):
+    loaded = []
+
+    def load_once(*arguments, **options):
+        if loaded:
+            raise KeyboardInterrupt
+        loaded.append(arguments)
+        return load_model(*arguments, **options)
+
+    monkeypatch.setattr("upcycled_moe.evaluation.evaluate.load_model", load_once)
+    status, out, err = evaluate_text(upcycled_moe, (f"one={dense}", f"two={dense}"), text_file, "--json")
+    assert (status, err) == (130, "upcycled-moe: error: interrupted.\n")
+    assert [checkpoint["name"] for checkpoint in json.loads(out)["checkpoints"]] == ["one"]
+
+
+def test_a_full_disk_loses_no_table(upcycled_moe, dense, text_file, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("upcycled_moe.cli.evaluate.staged", fail)
+    status, out, err = evaluate_text(upcycled_moe, dense, text_file, "--output", tmp_path / "out")
+    assert (status, err) == (1, "upcycled-moe: error: No space left on device\n")
+    assert len(rows_of(out)) == 1
+
+
+def test_what_is_wrong_with_a_later_checkpoint_is_found_before_the_first_is_read(
+    upcycled_moe, dense, text_file, tmp_path, monkeypatch
+):
+    odd = write_dense(tmp_path / "odd")
+    config = json.loads((odd / "config.json").read_text())
+    monkeypatch.setattr(
+        "upcycled_moe.evaluation.evaluate.load_model", lambda *_, **__: pytest.fail("a model was loaded")
+    )
+    (odd / "config.json").write_text(json.dumps(config | {"hidden_act": "nonsense"}))
+    status, out, err = evaluate_text(upcycled_moe, (f"one={dense}", odd), text_file)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "nonsense" in err
+
+
+def test_a_model_that_gives_no_numbers_is_refused(upcycled_moe, text_file, tmp_path):
+    folder = write_dense(tmp_path / "nan", rms_norm_eps=math.nan)
+    status, out, err = evaluate_text(upcycled_moe, folder, text_file)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "nan: its loss on domain 'sample' is not finite" in err
 
 
 def test_json_is_what_the_output_folder_holds(upcycled_moe, dense, text_file, tmp_path):

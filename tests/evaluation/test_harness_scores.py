@@ -1,5 +1,6 @@
 """Scores against a naive reference: one forward pass a token, no batches, no padding."""
 
+import copy
 import math
 import statistics
 import string
@@ -11,7 +12,8 @@ from benchmark_items import MULTIPLE_CHOICE, write_items
 
 from upcycled_moe.common.progress import Progress
 from upcycled_moe.common.settings import SettingsError
-from upcycled_moe.evaluation.harness import LanguageModel, load_tasks, score_tasks
+from upcycled_moe.evaluation.harness import load_tasks, score_tasks
+from upcycled_moe.evaluation.language_model import LanguageModel
 
 
 @torch.no_grad()
@@ -25,7 +27,7 @@ def log_probability(model, tokenizer, prompt, answer):
 
 
 @torch.no_grad()
-def written_answer(model, tokenizer, prompt, num_tokens=64):
+def written_answer(model, tokenizer, prompt, num_tokens=128):
     """Return what the model writes greedily, up to a stop sign."""
     tokens = tokenizer.encode(prompt)
     num_read = len(tokens)
@@ -111,7 +113,7 @@ def test_what_guessing_gives(found):
 
 
 def test_a_limit_takes_the_first_items(model, tokenizer, items):
-    scores, infos = score_tasks(LanguageModel(model, tokenizer, 4), load_tasks(["arc_easy"], items), limit=1)
+    scores, infos, _ = score_tasks(LanguageModel(model, tokenizer, 4), load_tasks(["arc_easy"], items), limit=1)
     assert (infos["arc_easy"].num_items, infos["arc_easy"].num_available) == (1, 2)
     assert infos["arc_easy"].chance == 1 / 3
     assert scores["arc_easy"]["acc"].stderr is None
@@ -167,21 +169,53 @@ def test_an_answer_longer_than_the_model_is_an_error(model, tokenizer, tmp_path)
 
 
 def test_questions_that_leave_no_room_for_an_answer_are_counted(model, tokenizer, tmp_path):
-    room = model.config.max_position_embeddings - 64
-    prompt = "Answer these questions:\n\nQ: {}?\nA:"
+    prompt, answer = "Answer these questions:\n\nQ: {}?\nA:", "it was the"
+    room = model.config.max_position_embeddings - 2 * len(tokenizer.encode(answer))
     fits = "the" + " the" * (room - len(tokenizer.encode(prompt.format("the"))))
     assert len(tokenizer.encode(prompt.format(fits))) == room
-    rows = [{"question": question, "answers": ["it"]} for question in (fits, fits + " the")]
+    rows = [{"question": question, "answers": ["it", answer]} for question in (fits, fits + " the")]
     asked = LanguageModel(model, tokenizer, 2)
     score_tasks(asked, load_tasks(["nq_open"], write_items(tmp_path, open_qa={"nq_open": rows})))
     assert asked.truncated == {("nq_open", 1)}
 
 
+def test_an_answer_may_be_twice_as_long_as_the_longest_right_one(model, tokenizer, tmp_path):
+    longest = "it was the and to of " * 5
+    rows = [{"question": "who?", "answers": ["the", longest]}, {"question": "who was it?", "answers": ["it"]}]
+    asked = LanguageModel(model, tokenizer, 2)
+    score_tasks(asked, load_tasks(["triviaqa"], write_items(tmp_path, open_qa={"triviaqa": rows})))
+    assert asked.num_new_tokens == {"triviaqa": 2 * len(tokenizer.encode(longest))}
+
+
+def test_an_answer_is_never_longer_than_the_harness_allows(model, tokenizer, tmp_path):
+    rows = [{"question": "who was it?", "answers": ["the " * 1000]}]
+    asked = LanguageModel(model, tokenizer, 2)
+    score_tasks(asked, load_tasks(["triviaqa"], write_items(tmp_path, open_qa={"triviaqa": rows})))
+    assert asked.num_new_tokens == {"triviaqa": asked.max_gen_toks}
+
+
 def test_a_task_that_writes_more_than_the_model_holds_is_an_error(model, tokenizer, items):
-    tasks = load_tasks(["nq_open"], items)
-    tasks.tasks["nq_open"].set_config("generation_kwargs", {"max_gen_toks": 256}, update=True)
+    task = load_tasks(["nq_open"], items).tasks["nq_open"]
+    task.set_config("generation_kwargs", {"max_gen_toks": 256}, update=True)
+    task.build_all_requests()
     with pytest.raises(SettingsError, match="nq_open: generates up to 256 tokens, and the model has 256 positions"):
-        score_tasks(LanguageModel(model, tokenizer, 2), tasks)
+        LanguageModel(model, tokenizer, 2).generate_until(task.instances)
+
+
+@pytest.mark.parametrize("task", ["boolq", "nq_open"])
+def test_logits_that_are_no_numbers_give_no_score(model, tokenizer, items, task):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.norm.weight[0] = math.nan
+    with pytest.raises(SettingsError, match=f"^tiny: its log-probabilities on {task} are not finite; .* float32"):
+        score_tasks(LanguageModel(broken, tokenizer, 2, "tiny"), load_tasks([task], items))
+
+
+def test_items_are_those_of_the_figure_that_stands_for_a_task(found):
+    scores, infos, items = found
+    for name, info in infos.items():
+        assert len(items[name]) == info.num_items
+        assert statistics.mean(items[name]) == pytest.approx(scores[name][info.metric].value)
 
 
 def test_a_small_model_writes_half_of_its_positions_where_the_task_does_not_say(model, tokenizer):

@@ -1,3 +1,4 @@
+import socket
 from functools import partial
 
 import datasets
@@ -59,13 +60,53 @@ def test_a_task_that_nobody_has(small_index, name, hint):
     assert str(caught.value).endswith(hint)
 
 
-def test_without_the_hub_it_names_the_way_out(monkeypatch):
+def test_a_tag_has_all_of_its_tasks(monkeypatch, tmp_path):
+    """The tag is one of `boolq` and `copa` too; alone, they are not what it means."""
+    tag = "super-glue-lm-eval-v1"
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\ntag: {tag}\ndataset_path: nobody/{name}\noutput_type: multiple_choice\n"
+            "test_split: test\ndoc_to_text: '{{question}}'\ndoc_to_choice: ['no', 'yes']\ndoc_to_target: label\n"
+        )
+    manager = lm_eval.tasks.TaskManager
+
+    def whole_index(include_path, include_defaults=True):
+        return manager(include_path=tmp_path if include_defaults else include_path, include_defaults=False)
+
+    row = {"question": "is it", "label": 1}
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", whole_index)
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda **_: datasets.DatasetDict({"test": datasets.Dataset.from_list([row])})
+    )
+    assert set(load_tasks([tag]).tasks) == {"one", "two"}
+
+
+def fail_with(monkeypatch, error):
     def load_dataset(path, name, **_):
-        raise ConnectionError(f"couldn't reach {path}\nand more of it")
+        raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(SettingsError, match=r"ConnectionError: couldn't reach aps/super_glue\); .* --offline-data"):
+
+
+def test_without_the_hub_it_names_the_way_out(monkeypatch):
+    fail_with(monkeypatch, ConnectionError("couldn't reach aps/super_glue\nand more of it"))
+    with pytest.raises(SettingsError, match=r"ConnectionError: couldn't reach aps/super_glue\); .* --offline-data\.$"):
         load_tasks(["copa"])
+
+
+def test_a_name_that_is_not_resolved_is_the_network_too(monkeypatch):
+    error = RuntimeError("cannot send a request")
+    error.__cause__ = socket.gaierror("name or service not known")
+    fail_with(monkeypatch, error)
+    with pytest.raises(SettingsError, match=r"cannot be reached \(RuntimeError: .* --offline-data\.$"):
+        load_tasks(["copa"])
+
+
+def test_what_fails_otherwise_is_called_by_its_name(monkeypatch):
+    fail_with(monkeypatch, ImportError("No module named 'sacrebleu'"))
+    with pytest.raises(SettingsError) as caught:
+        load_tasks(["copa"])
+    assert str(caught.value) == "copa: this task cannot be loaded (ImportError: No module named 'sacrebleu')."
 
 
 @pytest.mark.slow

@@ -62,7 +62,6 @@ def test_open_questions_are_answered_up_to_a_stop_sign(tasks):
     [(prompt, settings)] = requests(tasks["nq_open"])
     assert prompt == "Answer these questions:\n\nQ: who was it?\nA:"
     assert settings["until"] == ["\n", ".", ","]
-    assert settings["max_gen_toks"] == 64
     assert not settings["do_sample"]
     [(prompt, _)] = requests(tasks["triviaqa"])
     assert prompt == "Question: Who was in it??\nAnswer:"

@@ -1,10 +1,19 @@
+import copy
 import math
 
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
 from upcycled_moe.common.blocks import collate_blocks
-from upcycled_moe.evaluation.perplexity import block_losses, domain_loss, measure_perplexity, target_bytes
+from upcycled_moe.evaluation.perplexity import (
+    block_losses,
+    domain_loss,
+    losses_of_documents,
+    measure_perplexity,
+    separates_documents,
+    target_bytes,
+)
 from upcycled_moe.evaluation.results import DomainLoss
 
 
@@ -40,18 +49,63 @@ def test_the_loss_is_that_of_each_document_alone(model, tokenizer, batch_size):
     assert len(blocks) > 3
     assert len(blocks[-1]["input_ids"]) < 11
     losses = [loss for _, piece in pieces for loss in piece_losses(model, piece)]
-    found = measure_perplexity(model, tokenizer, {"prose": blocks}, batch_size)["prose"]
+    found = measure_perplexity(model, tokenizer, {"prose": blocks}, batch_size)["prose"].mean()
     assert found.num_tokens == len(losses)
     assert found.num_blocks == len(blocks)
     assert found.loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
     assert found.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
 
 
+def bloom():
+    """A model that knows no positions: documents of a block see what stands before them."""
+    return BloomForCausalLM(BloomConfig(vocab_size=512, hidden_size=32, n_layer=2, n_head=2, initializer_range=0.3))
+
+
+def mamba():
+    """A model with a state, which goes on from document to document."""
+    return MambaForCausalLM(
+        MambaConfig(vocab_size=512, hidden_size=32, num_hidden_layers=2, initializer_range=0.3, use_conv_bias=False)
+    )
+
+
+@pytest.mark.parametrize("make", [bloom, mamba])
+def test_a_model_that_does_not_tell_documents_apart_reads_them_one_at_a_time(make, tokenizer):
+    torch.manual_seed(0)
+    other = make().eval()
+    blocks, pieces = packed(tokenizer, block_size=11)
+    assert not separates_documents(other, blocks[0]["input_ids"])
+    losses = [loss for _, piece in pieces for loss in piece_losses(other, piece)]
+    found = measure_perplexity(other, tokenizer, {"a": blocks}, 4, documents_alone=True)["a"].mean()
+    assert (found.num_tokens, found.num_blocks) == (len(losses), len(blocks))
+    assert found.loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_tells_documents_apart_is_seen_to(model, tokenizer, dtype):
+    blocks, _ = packed(tokenizer, block_size=64)
+    tokens = blocks[0]["input_ids"]
+    assert separates_documents(copy.deepcopy(model).to(dtype), tokens)
+    assert all(separates_documents(model, tokens[:length]) for length in (1, 2, 3))
+
+
+def test_documents_alone_have_the_losses_of_those_in_blocks(model, tokenizer):
+    blocks, _ = packed(tokenizer, block_size=11)
+    packed_losses = measure_perplexity(model, tokenizer, {"a": blocks}, 4)["a"]
+    alone = measure_perplexity(model, tokenizer, {"a": blocks}, 4, documents_alone=True)["a"]
+    torch.testing.assert_close(alone.losses, packed_losses.losses, atol=1e-4, rtol=0)
+    assert alone.counts.tolist() == packed_losses.counts.tolist()
+
+
+def test_a_block_of_documents_of_one_token_has_no_targets(model):
+    losses, counts = losses_of_documents(model, {"input_ids": [3, 4], "position_ids": [0, 0]})
+    assert (losses.tolist(), counts.tolist()) == ([0.0], [0])
+
+
 def test_every_domain_has_its_own_loss(model, tokenizer):
     blocks, _ = packed(tokenizer, block_size=11)
     found = measure_perplexity(model, tokenizer, {"a": blocks[:2], "b": blocks[2:]}, 4)
-    assert found["a"] == measure_perplexity(model, tokenizer, {"a": blocks[:2]}, 4)["a"]
-    assert found["a"].loss != found["b"].loss
+    assert found["a"].mean() == measure_perplexity(model, tokenizer, {"a": blocks[:2]}, 4)["a"].mean()
+    assert found["a"].mean().loss != found["b"].mean().loss
 
 
 def test_sums_over_blocks(model, tokenizer):
