@@ -17,8 +17,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "verify",
         usage="%(prog)s DENSE OUT [options]",
         help="compare a checkpoint with its dense parent",
-        description="Does OUT compute what its dense parent computes? OUT is loaded with its own code: that in a "
-        "local folder runs as it is, that of a Hub id only with --trust-remote-code. Exit status 3 if they differ.",
+        description="Does OUT compute what its dense parent computes, from the same tokens? OUT is loaded with "
+        "its own code: that in a local folder runs as it is, that of a Hub id only with --trust-remote-code. Exit "
+        "status 3 if they differ.",
     )
     parser.add_argument("dense", metavar="DENSE", help="dense Qwen checkpoint: folder or Hub id")
     parser.add_argument("moe", metavar="OUT", help="converted checkpoint: folder or Hub id")
@@ -67,12 +68,15 @@ def run(options: argparse.Namespace) -> int:
 
 def print_verification(report: "VerifyReport") -> None:
     """Print the report for a person."""
+    verdict = "Equal" if report.equal else "DIFFERENT tokens" if report.has_equal_logits else "DIFFERENT"
     print(
-        f"{'Equal' if report.equal else 'DIFFERENT'}: largest |Δlogit| {report.max_difference:.1e}, "
+        f"{verdict}: largest |Δlogit| {report.max_difference:.1e}, "
         f"{report.difference_to_allowed:.2g} of what is allowed there (the dense model's own rounding: up to "
         f"{report.rounding_noise:.1e}, largest logit {report.max_logit:.3g}), same argmax at "
         f"{report.argmax_agreement:.2%} of {report.num_positions} positions, in {report.dtype}."
     )
+    if report.tokenizer_difference is not None:
+        print(f"The tokenizers differ: with OUT's, {report.tokenizer_difference}.")
     if report.is_limited_by_rounding:
         print(
             f"Where this model rounds most, differences of up to {report.max_allowed:.1e} pass for rounding, and "

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,11 +14,12 @@ from ..common.output_folder import staged
 from ..common.progress import Progress
 from ..common.provenance import PROVENANCE_FILE, installed_versions
 from .card import write_card
+from .companions import copy_companions, declare_tokenizer_class, tokenizer_class_to_declare
 from .plan import ConversionPlan, build_plan
 from .recipe import ConversionRecipe
 from .report import RouterReport
 from .routers import RouterContent, router_contents
-from .source import COMPANION_FILES, COMPANION_FOLDERS, DenseSource
+from .source import DenseSource
 from .writer import BUFFER_BYTES, check_output, write_text, write_weights
 
 
@@ -63,13 +63,16 @@ def convert(
             "always the same, so the language-modeling loss gives the routers no gradient; use 2 "
             f"experts{per_group}, or norm_topk_prob=false."
         )
+    tokenizer_class = tokenizer_class_to_declare(source, plan.config, progress)
     contents, reports = initial_routers(plan, progress)
     # Hashing reads what copying has just brought into memory, on another core.
     with staged(out, overwrite) as folder, _in_background(_hash_files, plan.sources) as hashes:
         with progress.task("Writing", plan.num_bytes, "bytes") as advance:
             write_weights(plan, contents, folder, advance)
-        _copy_companions(source, folder)
-        provenance = _provenance(plan, reports, hashes.result())
+        copy_companions(source, folder)
+        if tokenizer_class is not None:
+            declare_tokenizer_class(folder, tokenizer_class)
+        provenance = _provenance(plan, reports, hashes.result(), tokenizer_class)
         write_text(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
         write_card(folder, plan, reports)
         # Last: without its configuration nothing loads. It brings the code of the model along.
@@ -90,15 +93,6 @@ def initial_routers(
     for layer_idx in plan.config.moe_layers:
         contents |= router_contents(layer_idx, plan.router.tensors(layer_idx, None))
     return contents, None
-
-
-def _copy_companions(source: DenseSource, folder: Path) -> None:
-    for name in COMPANION_FILES:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
-    for name in COMPANION_FOLDERS:
-        if (source.folder / name).is_dir():
-            shutil.copytree(source.folder / name, folder / name)
 
 
 @contextmanager
@@ -127,7 +121,10 @@ def _hash_file(path: Path, stop: threading.Event) -> str:
 
 
 def _provenance(
-    plan: ConversionPlan, reports: list[RouterReport] | None, hashes: list[dict[str, str]]
+    plan: ConversionPlan,
+    reports: list[RouterReport] | None,
+    hashes: list[dict[str, str]],
+    tokenizer_class: str | None,
 ) -> dict[str, Any]:
     """Return where the checkpoint comes from. No time and no machine: the same conversion gives the same bytes."""
     source, *others = (
@@ -143,6 +140,7 @@ def _provenance(
         "format": PROVENANCE_FORMAT,
         "source": source,
         "expert_sources": others,
+        "tokenizer_class": tokenizer_class,
         "recipe": plan.recipe.to_dict(),
         "total_parameters": plan.total_parameters,
         "active_parameters": plan.active_parameters,

@@ -240,7 +240,7 @@ def build_config(
     source: DenseSource, recipe: ConversionRecipe, router_fields: Mapping[str, Any]
 ) -> UpcycledQwenMoeConfig:
     """Return the configuration of the MoE model: the dense one's fields, and what recipe and router add."""
-    names = UpcycledQwenMoeConfig.__dataclass_fields__.keys() - {"transformers_version", "architectures"}
+    names = UpcycledQwenMoeConfig.__dataclass_fields__.keys() - {"model_type", "transformers_version", "architectures"}
     dense = {name: value for name, value in source.config.to_dict().items() if name in names}
     settings = {name: value for name, value in recipe.to_dict().items() if name in names}
     if recipe.moe_layers is not None:

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import has_file
 
-from ..common.checkpoints import check_code, load_config, load_model
+from ..common.checkpoints import check_code, load_config, load_model, load_tokenizer
 from ..common.devices import best_device
 from ..common.settings import SettingsError
+from ..common.tokenizers import tokenizer_difference
 from .randomness import tensor_generator
+from .source import TOKENIZER_FILES
 
 
 # Largest difference of logits of order one that float32 rounding explains: seen 2e-7 to 2e-6 on models of 3 layers, 64
@@ -31,7 +34,7 @@ NOTABLE_SHARE = 1e-3
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """How far the logits of two models are apart.
+    """How far the logits of two models are apart, and whether their tokenizers are.
 
     Args:
         max_difference: largest |Δlogit|.
@@ -42,6 +45,7 @@ class VerifyReport:
         difference_to_allowed: largest ratio of |Δlogit| to what is allowed at its position; equal up to one.
         argmax_agreement: share of positions whose most probable token is the same.
         num_positions: positions compared.
+        tokenizer_difference: where the tokenizers differ, in words; None if nowhere, or if one of the two has none.
     """
 
     max_difference: float
@@ -53,11 +57,17 @@ class VerifyReport:
     argmax_agreement: float
     num_positions: int
     dtype: str
+    tokenizer_difference: str | None
+
+    @property
+    def has_equal_logits(self) -> bool:
+        """Whether the difference is within what is allowed, at every position."""
+        return self.difference_to_allowed <= 1
 
     @property
     def equal(self) -> bool:
-        """Whether the difference is within what is allowed, at every position."""
-        return self.difference_to_allowed <= 1
+        """Whether neither logits nor tokenizers differ."""
+        return self.has_equal_logits and self.tokenizer_difference is None
 
     @property
     def is_limited_by_rounding(self) -> bool:
@@ -88,6 +98,8 @@ def verify(
     times the difference that this makes is allowed, if that is more than 5e-6 of the largest logit. The constants were
     measured on tiny models, most with logits of order one. One model is in memory at a time.
 
+    Where both have a tokenizer, these encode and decode a few short texts.
+
     Args:
         tolerance: largest |Δlogit| to allow instead, whatever the rounding.
         trust_remote_code: whether to run code that is downloaded; the code in a local folder runs without it.
@@ -106,6 +118,7 @@ def verify(
             f"{moe} has {moe_config.vocab_size} tokens, {dense} has {dense_config.vocab_size}: "
             "they cannot be parent and child."
         )
+    different_tokens = _tokenizer_difference(dense, moe)
     generator = tensor_generator(seed, "verify")
     tokens = torch.randint(dense_config.vocab_size, (num_sequences, sequence_length), generator=generator)
     expected, noise = _dense_logits(dense, dense_config, tokens, dtype, generator)
@@ -132,7 +145,14 @@ def verify(
         argmax_agreement=(actual.argmax(-1) == expected.argmax(-1)).double().mean().item(),
         num_positions=expected.shape[:-1].numel(),
         dtype=str(dtype).removeprefix("torch."),
+        tokenizer_difference=different_tokens,
     )
+
+
+def _tokenizer_difference(dense: str, moe: str) -> str | None:
+    if not all(any(has_file(model, name) for name in TOKENIZER_FILES) for model in (dense, moe)):
+        return None
+    return tokenizer_difference(load_tokenizer(dense), load_tokenizer(moe))
 
 
 def _dense_logits(
