@@ -70,7 +70,12 @@ def load_model(
     with _loading(model):
         auto_class = _auto_class(_auto_name(config), model, own_code, revision)
         loaded, info = auto_class.from_pretrained(
-            model, config=config, dtype=dtype, revision=revision or "main", output_loading_info=True
+            model,
+            config=config,
+            dtype=dtype,
+            revision=revision or "main",
+            ignore_mismatched_sizes=True,  # the check below names them
+            output_loading_info=True,
         )
     _check_tensors(model, info)
     with _loading(model):
@@ -131,8 +136,8 @@ def _auto_name(config: PreTrainedConfig) -> str:
 def _check_tensors(model: str, info: dict[str, Any]) -> None:
     """Check what loading tells of the tensors in the files: Transformers draws those that are missing at random."""
     problems = (
-        ("is missing from the files", info["missing_keys"]),
         ("has another shape in the files than the configuration says", [name for name, *_ in info["mismatched_keys"]]),
+        ("is missing from the files", info["missing_keys"]),
         # Old checkpoints also stored the rotary frequencies, which follow from the configuration.
         (
             "has no place in the model",
