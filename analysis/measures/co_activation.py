@@ -45,10 +45,14 @@ class CoActivation(Measure):
             title="Co-activation that the loads alone give",
             formula="Σ_i max_{j≠i} min(a_i a_j, N_i) / Σ_i N_i, a_i Σ_{j≠i} a_j = Σ_{j≠i} N_ij",
             meaning=(
-                "The co-activation if experts met by how often they are selected and nothing else: (K−1) / (E−1) if "
-                "balanced. Where it equals the co-activation, experts do not pair up."
+                "About what co-activation would be if experts met by how often they are selected and nothing else: "
+                "(K−1) / (E−1) if balanced. Experts pair up where the co-activation is clearly above it; a little is "
+                "chance, for the most frequent of many partners is so by chance too."
             ),
-            source="ours: quasi-independence (Goodman 1968), exact for two experts a token",
+            source=(
+                "ours: quasi-independence (Goodman 1968), for much text; exact for two experts a token, an "
+                "approximation for more"
+            ),
         ),
     )
 

@@ -23,8 +23,15 @@ MAX_TOKENS = 1024
 # Tokens of a block among them, evenly spaced, so that they come from many documents.
 TOKENS_PER_BLOCK = 32
 
-# Values of outputs that are held at a time, over experts, tokens and hidden size.
-CHUNK_VALUES = 2**23
+# Tokens that an expert computes at a time, over batches: an expert of a large model does as much for one in nearly the
+# same time.
+TOKENS_PER_CALL = 256
+
+# Values of outputs that are held at a time, over experts, tokens and hidden size; in float32 256 MiB.
+MAX_VALUES = 2**26
+
+# Of these, values that are held in double precision at a time.
+CHUNK_VALUES = 2**22
 
 
 class ExpertOutputs(Measure):
@@ -72,6 +79,7 @@ class ExpertOutputs(Measure):
         self._spread = torch.zeros(num_layers, dtype=dtype, device=subject.device)
         self._num_spreads = torch.zeros_like(self._spread)  # [L]
         self._num_tokens = [[0] * len(subject.domains) for _ in subject.layers]  # [L][D]
+        self._waiting: list[list[torch.Tensor]] = [[] for _ in subject.layers]  # hidden states [T, H] by layer
 
     @torch.no_grad()
     def update(self, number: int, tokens: RoutedTokens) -> None:
@@ -82,8 +90,16 @@ class ExpertOutputs(Measure):
         positions = spaced_positions(block_size, TOKENS_PER_BLOCK)
         index = [block * block_size + position for block in range(num_blocks) for position in positions][:missing]
         self._num_tokens[number][tokens.domain] += len(index)
-        sample = tokens.hidden_states[torch.tensor(index, device=tokens.hidden_states.device)]
-        for outputs in _outputs(self.subject.layers[number], sample):
+        self._waiting[number].append(tokens.hidden_states[torch.tensor(index, device=tokens.hidden_states.device)])
+        self._compute(number, TOKENS_PER_CALL)
+
+    def _compute(self, number: int, num_tokens: int) -> None:
+        """Let the experts of a layer compute the tokens that wait, once they are `num_tokens`."""
+        if sum(map(len, self._waiting[number])) < num_tokens:
+            return
+        waiting = torch.cat(self._waiting[number])
+        self._waiting[number].clear()
+        for outputs in _outputs(self.subject.layers[number], waiting):
             self._add(number, outputs)
 
     def _add(self, number: int, outputs: torch.Tensor) -> None:
@@ -96,12 +112,18 @@ class ExpertOutputs(Measure):
         self._cosines[number] += directions @ directions.T
         self._num_pairs[number] += is_nonzero @ is_nonzero.T
         total = squares.sum(dim=0)  # [T]
-        # Less than zero by rounding only.
-        spread = (1 - len(outputs) * outputs.mean(dim=0).square().sum(dim=-1) / total).clamp(min=0.0)
+        # From the first expert, so that copies have a spread of exactly zero.
+        deviations = outputs - outputs[:1]
+        deviations -= deviations.mean(dim=0)
+        spread = deviations.square().sum(dim=(0, -1)) / total
         self._spread[number] += torch.where(total > 0, spread, 0.0).sum()
         self._num_spreads[number] += (total > 0).sum()
 
+    @torch.no_grad()
     def result(self) -> MeasureResult:
+        for number, waiting in enumerate(self._waiting):
+            if waiting:
+                self._compute(number, 1)
         # Rounding must not make a copy more alike than itself.
         similarity = (self._cosines / self._num_pairs).cpu().double().clamp(-1.0, 1.0)
         spread = (self._spread / self._num_spreads).cpu().double()
@@ -124,7 +146,9 @@ def spaced_positions(block_size: int, num_positions: int) -> list[int]:
 
 
 def _outputs(layer: MoeLayer, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the outputs [C, T, H] of all experts for `tokens` [T, H], some tokens at a time."""
-    length = max(CHUNK_VALUES // (layer.num_computed_experts * tokens.shape[-1]), 1)
-    for chunk in tokens.split(length):
-        yield torch.stack([output.to(sum_dtype(output.device)) for output in layer.expert_outputs(chunk)])
+    """Yield the outputs [C, T, H] of all experts for `tokens` [T, H] in double precision, some tokens at a time."""
+    values_per_token = layer.num_computed_experts * tokens.shape[-1]
+    for part in tokens.split(max(min(TOKENS_PER_CALL, MAX_VALUES // values_per_token), 1)):
+        outputs = torch.stack(list(layer.expert_outputs(part)))
+        for chunk in outputs.split(max(CHUNK_VALUES // values_per_token, 1), dim=1):
+            yield chunk.to(sum_dtype(chunk.device))

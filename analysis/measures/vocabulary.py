@@ -7,6 +7,7 @@ that are counted, K slots of a token.
 import math
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -25,8 +26,8 @@ MAX_COUNTS = 2**26
 
 TOKENS_OF_EXPERT = 5
 
-# Chance is computed for numbers of occurrences this far apart, and for none far above the last: a smaller number gives
-# more to chance, so that what is reported stays a bound.
+# Chance is computed for each small number of occurrences, then for numbers this far apart up to the last.
+EXACT_OCCURRENCES = 100
 OCCURRENCE_STEP = 1.25
 MAX_OCCURRENCES = 1000
 
@@ -65,7 +66,7 @@ class VocabularySpecialization(Measure):
                 "What chance gives if every token takes its best expert by the loads f, whatever it is: rare tokens "
                 "look specialised by chance."
             ),
-            source="ours; an upper bound",
+            source="ours; an upper bound, above 100 occurrences to three per cent",
         ),
     )
 
@@ -118,7 +119,8 @@ class VocabularySpecialization(Measure):
         if len(ids) < len(self._rows):
             num_counted = int((ids >= 0).sum())
             notes.append(
-                f"Counted are {num_counted} of {len(self._rows)} token ids, those that each domain shows first."
+                f"Counted are {num_counted} of {len(self._rows)} token ids, those that each domain shows first; "
+                "checkpoints with another number of layers or experts count others."
             )
         if any(layer["share"] is None for layer in layers):
             notes.append(f"No token id occurs {MIN_OCCURRENCES} times.")
@@ -191,14 +193,19 @@ def best_experts(tokens: RoutedTokens) -> torch.Tensor:
 def share_by_load(occurrences: torch.Tensor, loads: torch.Tensor) -> torch.Tensor:
     """Return the share [W] of the most frequent expert by chance, at most, for so many `occurrences` [W].
 
+    Above `EXACT_OCCURRENCES` it is interpolated in the logarithm of the occurrences; beyond `MAX_OCCURRENCES` it falls
+    to the largest load as one over their square root, as deviations by chance do.
+
     Args:
         loads: shares of tokens whose best expert each is [E].
     """
     if not len(occurrences):
         return torch.empty(0, dtype=torch.float64)
-    steps = [MIN_OCCURRENCES]
-    while steps[-1] < MAX_OCCURRENCES:
-        steps.append(math.ceil(steps[-1] * OCCURRENCE_STEP))
-    at = torch.searchsorted(torch.tensor(steps), occurrences, right=True) - 1
-    bounds = {step: largest_counts_bound(steps[step], loads, 1) / steps[step] for step in at.unique().tolist()}
-    return torch.tensor([bounds[step] for step in at.tolist()], dtype=torch.float64)
+    steps = list(range(MIN_OCCURRENCES, EXACT_OCCURRENCES + 1))
+    while steps[-1] < min(MAX_OCCURRENCES, occurrences.max()):
+        steps.append(min(math.ceil(steps[-1] * OCCURRENCE_STEP), MAX_OCCURRENCES))
+    bounds = torch.tensor([largest_counts_bound(step, loads, 1) / step for step in steps], dtype=torch.float64)
+    within = occurrences.clamp(max=steps[-1]).double().log().numpy()
+    shares = torch.from_numpy(np.interp(within, np.log(steps), bounds.numpy()))
+    least = loads.max().double()
+    return least + (shares - least) * (steps[-1] / occurrences.double()).clamp(max=1.0).sqrt()

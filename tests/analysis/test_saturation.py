@@ -117,6 +117,14 @@ def test_the_first_tokens_of_each_domain_are_recorded():
     assert (recorded.layers, recorded.num_experts) == ((1, 3), 4)
 
 
+def test_by_default_4096_tokens_of_a_domain_are_recorded():
+    recorder = SelectionRecorder(_recorder(max_tokens=1, num_domains=1, num_layers=1).subject)
+
+    recorder.update(0, _routed([list(range(5000))], [[0]] * 5000))
+
+    assert len(recorder.selections().input_ids) == 4096
+
+
 def test_what_is_recorded_takes_no_more_than_the_tokens_kept():
     """A slice of a batch would hold the whole of it."""
     recorder = _recorder(max_tokens=1, num_domains=1, num_layers=1)

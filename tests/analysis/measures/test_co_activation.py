@@ -46,6 +46,21 @@ def test_an_expert_in_every_token_is_load_and_no_pairing():
     assert figures["co_activation_by_load"] == pytest.approx(figures["co_activation"], abs=0.01)
 
 
+def test_an_expert_meets_no_other_more_often_than_it_is_selected():
+    """Experts 0 and 1 are in all ten triples, the others in one each: by load the two would meet more often."""
+    tokens = _tokens([[0, 1, expert] for expert in range(2, 12)], num_experts=12)
+
+    figures = measured(CoActivation, subject(1, 12, 3), tokens).per_layer
+
+    pairs = torch.zeros(1, 12, 12, dtype=torch.float64)
+    for first, second in [*permutations(range(2)), *[(a, b) for a in range(2) for b in range(2, 12)]]:
+        pairs[0, first, second] = pairs[0, second, first] = 10 if second < 2 else 1
+    by_load = pairs_by_load(pairs)[0]
+    assert by_load[0, 1] > 10
+    largest = [10, 10, *[by_load[0, 2].item()] * 10]
+    assert figures["co_activation_by_load"] == [pytest.approx(sum(largest) / 30)]
+
+
 def test_tokens_with_one_expert_have_no_pairs():
     result = measured(CoActivation, subject(1, 3, 1), _tokens([[0], [1], [1]], num_experts=3))
 

@@ -42,6 +42,16 @@ def test_figures_by_hand():
     )
 
 
+@pytest.mark.parametrize(("num_present", "num_standing"), [(8, 1), (7, 0)])
+def test_experts_stand_from_80_per_cent_of_the_domains(num_present, num_standing):
+    """Of ten domains; in the others each has an expert of its own."""
+    batches = _domains(*[([0] if domain < num_present else [domain], [1.0]) for domain in range(10)], num_experts=10)
+
+    result = measured(StandingCommittee, subject(10, 10, 1), *batches)
+
+    assert result.per_layer["standing_experts"] == [num_standing]
+
+
 def _naive(weights, num_top):
     """Figures in plain Python from the mean weights [D][E]."""
     num_domains, num_experts = len(weights), len(weights[0])

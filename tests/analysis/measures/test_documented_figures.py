@@ -6,19 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from upcycled_moe.analysis import saturation
 from upcycled_moe.analysis.measures import MEASURES
 
 
-FIGURES = [figure for measure in MEASURES for figure in measure.figures]
+FIGURES = [*(figure for measure in MEASURES for figure in measure.figures), *saturation.FIGURES]
 DOCUMENTATION = Path(__file__).parents[3] / "docs" / "measures.md"
 
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure.name)
-def test_figures_stand_in_the_documentation_with_their_formulas(figure):
+def test_figures_stand_in_the_documentation_as_they_do_in_the_report(figure):
     text = " ".join(DOCUMENTATION.read_text(encoding="utf-8").split())
+    source = figure.source[0].upper() + figure.source[1:]
 
-    assert f"`{figure.name}`" in text
-    assert f"`{figure.formula}`" in text
+    assert f"**{figure.title}** (`{figure.name}`): `{figure.formula}`. {figure.meaning} *{source}.*" in text
 
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure.name)

@@ -131,7 +131,7 @@ def test_copies_are_the_same(all_tokens):
     result = _measured(_subject([layer]), _tokens(hidden_states))
 
     assert result.per_layer["expert_output_similarity"] == [pytest.approx(1.0, abs=1e-9)]
-    assert result.per_layer["expert_output_spread"] == [pytest.approx(0.0, abs=1e-9)]
+    assert result.per_layer["expert_output_spread"] == [0.0]
 
 
 def test_zeros_have_no_angle(all_tokens):
@@ -186,9 +186,32 @@ def test_batches_do_not_matter(monkeypatch):
     in_parts = _measured(_subject([layer]), block_of(tokens, 0), block_of(tokens, 1, 2), block_of(tokens, 3))
     monkeypatch.setattr(expert_outputs, "CHUNK_VALUES", 2 * 4 * 32)
     in_chunks = _measured(_subject([layer]), tokens)
+    monkeypatch.setattr(expert_outputs, "MAX_VALUES", 3 * 4 * 32)
+    in_calls = _measured(_subject([layer]), tokens)
 
-    for result in (in_parts, in_chunks):
+    for result in (in_parts, in_chunks, in_calls):
         similarity, expected = (torch.tensor(each.tables["similarity"]) for each in (result, whole))
         torch.testing.assert_close(similarity, expected, atol=1e-6, rtol=0)
         assert result.per_layer["expert_output_spread"] == pytest.approx(whole.per_layer["expert_output_spread"])
         assert result.tables["tokens"] == whole.tables["tokens"] == [5]
+
+
+def test_experts_compute_many_tokens_at_a_time(all_tokens, monkeypatch):
+    """Whatever the batches are; at the end those that remain."""
+    monkeypatch.setattr(expert_outputs, "TOKENS_PER_CALL", 4)
+    calls = []
+    layer = _layer(lambda tokens: (calls.append(len(tokens)), tokens)[1], torch.ones_like)
+
+    result = _measured(_subject([layer], 2), *(_tokens(torch.ones(2, 3), domain=domain) for domain in (0, 0, 0, 1, 1)))
+
+    assert calls == [4, 4, 2]
+    assert result.tables["tokens"] == [10]
+
+
+def test_a_domain_has_1024_tokens_at_most():
+    """Of 32 in each of 40 blocks."""
+    layer = _layer(lambda tokens: tokens, torch.ones_like)
+
+    result = _measured(_subject([layer], 2), *(_tokens(torch.ones(1280, 2), 40, domain) for domain in range(2)))
+
+    assert result.tables["tokens"] == [2 * 1024]

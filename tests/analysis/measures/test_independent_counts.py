@@ -69,3 +69,16 @@ def test_the_bound_is_close_to_what_independent_tokens_do(num_experts, num_slots
     bound = largest_counts_bound(16, shares, size)
 
     assert mean * 0.999 <= bound <= mean * 1.05
+
+
+@pytest.mark.parametrize(("num_experts", "num_slots", "num_tokens"), [(64, 1, 16), (128, 1, 16), (128, 2, 4)])
+def test_the_bound_is_within_14_per_cent_where_many_experts_have_few_tokens(num_experts, num_slots, num_tokens):
+    """One count of many is the hardest to bound; even loads are the worst where a token has one expert."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(1000, num_tokens, num_experts, generator=generator)
+    counts = torch.zeros_like(scores).scatter(-1, scores.topk(num_slots).indices, 1.0).sum(dim=1)
+    mean = counts.amax(dim=-1).mean().item()
+
+    bound = largest_counts_bound(num_tokens, torch.full((num_experts,), num_slots / num_experts), 1)
+
+    assert mean * 0.99 <= bound <= mean * 1.15

@@ -157,3 +157,17 @@ def test_a_layer_without_tokens_has_no_figures():
 
     assert [values[1] for values in result.per_layer.values()] == [None] * 4
     assert None not in [values[0] for values in result.per_layer.values()]
+
+
+def test_chance_stands_beside_what_was_measured_only():
+    """No segment of 64 tokens in a block of 20; a cache of all experts serves all."""
+    tokens = routed_blocks(random_selection(2, 20, 7, 2), 7)
+
+    tables = measured(LocalConsistency, subject(1, 7), tokens).tables
+
+    assert tables["cache_sizes"] == [2, 4, 7]
+    assert [each[2] for each in tables["sch_by_load"][0]] == [1.0, 1.0, None, None]
+    for name in ("srp", "sch"):
+        is_missing = [each is None or each == [None] * 3 for each in tables[name][0]]
+        assert is_missing == [each is None or each == [None] * 3 for each in tables[f"{name}_by_load"][0]]
+        assert is_missing == [False, False, True, True]
