@@ -9,10 +9,8 @@ from upcycled_moe.common.checkpoints import load_config, load_model, load_tokeni
 
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory):
-    """Folder of a dense Qwen2 checkpoint, whose tokenizer is declared to be Qwen's as that of all of them is."""
-    folder = write_dense(tmp_path_factory.mktemp("models") / "dense")
-    load_tokenizer(str(folder)).save_pretrained(folder)
-    return folder
+    """Folder of a dense Qwen2 checkpoint."""
+    return write_dense(tmp_path_factory.mktemp("models") / "dense")
 
 
 @pytest.fixture(scope="session")
