@@ -15,6 +15,7 @@ from upcycled_moe.analysis.results import AnalysisReport
 from upcycled_moe.analysis.settings import AnalysisSettings
 from upcycled_moe.common.output_folder import OutputError
 from upcycled_moe.common.progress import Progress
+from upcycled_moe.common.provenance import RecordedParent
 
 
 @pytest.fixture
@@ -61,15 +62,49 @@ def test_other_folders_are_not_replaced(moe_checkpoint, settings, tmp_path, no_w
     assert (tmp_path / "config.json").read_text() == "{}"
 
 
+def test_the_report_of_another_program_is_not_replaced(moe_checkpoint, settings, tmp_path, no_work):
+    (tmp_path / "report.json").write_text('{"format": 1, "tests": 12}')
+    with pytest.raises(OutputError, match="holds no report"):
+        write_analysis([str(moe_checkpoint("linear"))], settings, tmp_path, overwrite=True)
+    assert (tmp_path / "report.json").read_text() == '{"format": 1, "tests": 12}'
+
+
+def test_a_report_with_files_of_others_beside_it_is_not_replaced(moe_checkpoint, settings, tmp_path):
+    out, checkpoint = tmp_path / "out", str(moe_checkpoint("linear"))
+    write_analysis([checkpoint], settings, out)
+    (out / "thesis.tex").write_text("two years of work")
+    with pytest.raises(OutputError, match=r"holds thesis\.tex, which is no part of the report there"):
+        write_analysis([checkpoint], settings, out, overwrite=True)
+    assert (out / "thesis.tex").read_text() == "two years of work"
+
+
 @pytest.mark.parametrize("what", ["checkpoint", "text", "parent"])
 def test_nothing_that_is_read_may_be_replaced(moe_checkpoint, labelled_text, tmp_path, no_work, what):
     out = tmp_path / "out"
     paths = {"checkpoint": moe_checkpoint("linear"), "text": labelled_text, "parent": moe_checkpoint("mixtral")}
     paths[what] = shutil.copytree(paths[what], out / "inside")
-    (out / "report.json").touch()
     settings = AnalysisSettings(data=[str(paths["text"])], parent=str(paths["parent"]))
     with pytest.raises(OutputError, match="inside, which replacing it would delete; give another folder"):
         write_analysis([f"name={paths['checkpoint']}"], settings, out, overwrite=True)
+
+
+@pytest.mark.parametrize("pattern", ["out/*/validation.jsonl", "*/words/*.jsonl", "."])
+def test_text_that_a_pattern_or_a_folder_around_finds_may_not_be_replaced(
+    moe_checkpoint, labelled_text, tmp_path, no_work, pattern
+):
+    out = shutil.copytree(labelled_text, tmp_path / "out")
+    settings = AnalysisSettings(data=[str(tmp_path / pattern)])
+    with pytest.raises(OutputError, match=r"validation\.jsonl, which replacing it would delete"):
+        write_analysis([str(moe_checkpoint("linear"))], settings, out, overwrite=True)
+
+
+def test_the_parent_that_a_checkpoint_records_may_not_be_replaced(
+    moe_checkpoint, settings, tmp_path, no_work, monkeypatch
+):
+    parent = shutil.copytree(moe_checkpoint("mixtral"), tmp_path / "out" / "dense")
+    monkeypatch.setattr(output_module, "recorded_parent", lambda path: RecordedParent(str(parent), ()))
+    with pytest.raises(OutputError, match="dense, which replacing it would delete"):
+        write_analysis([str(moe_checkpoint("linear"))], settings, tmp_path / "out", overwrite=True)
 
 
 def test_what_fails_leaves_nothing(moe_checkpoint, settings, tmp_path, monkeypatch):
