@@ -19,11 +19,11 @@ from ..common.checkpoints import (
 )
 from ..common.devices import best_device
 from ..common.labelled_text import Block, labelled_blocks
-from ..common.packing import tokenizer_digest
 from ..common.progress import Progress
 from ..common.provenance import RecordedParent, installed_versions, recorded_parent
 from ..common.settings import SettingsError
 from ..common.text import open_text
+from ..common.tokenizers import tokens_digest
 from .layers import MoeLayer, find_moe_layers
 from .measures import MEASURES
 from .measures.expert_weights import ExpertWeights, fits_parent
@@ -106,7 +106,7 @@ def _open(checkpoint: NamedCheckpoint, settings: AnalysisSettings) -> _OpenCheck
     with _about(checkpoint):
         layers = find_moe_layers(model_without_weights(path, config, revision=revision))
     tokenizer = load_tokenizer(path, revision=revision)
-    return _OpenCheckpoint(checkpoint, config, layers, tokenizer, tokenizer_digest(tokenizer))
+    return _OpenCheckpoint(checkpoint, config, layers, tokenizer, tokens_digest(tokenizer))
 
 
 def _check_parent(name: str, opened: Sequence[_OpenCheckpoint]) -> None:
