@@ -2,7 +2,6 @@
 
 import json
 from array import array
-from itertools import count
 
 import pytest
 import torch
@@ -102,7 +101,7 @@ def test_a_token_takes_few_bytes(rows):
 def test_text_without_end_is_read_until_nothing_is_added(monkeypatch, caplog):
     monkeypatch.setattr(labelled_text, "MAX_DOCUMENTS_IN_VAIN", 50)
     # A domain that comes late, but not too late, is seen.
-    endless = _Counted(("w3 w4", "late" if number % 41 == 40 else "often") for number in count())
+    endless = _Counted(("w3 w4", "late" if number % 41 == 40 else "often") for number in range(1000))
     stream = TextStream([TextSource("web", endless, "often", has_domain_column=True)])
     found = labelled_blocks(stream, _tokenizer(adds_bos=False), 4, 6)
 
@@ -115,7 +114,7 @@ def test_text_without_end_is_read_until_nothing_is_added(monkeypatch, caplog):
 
 
 def test_a_column_of_something_else_is_noticed_early():
-    numbered = _Counted(("w3 w4", str(number)) for number in count())
+    numbered = _Counted(("w3 w4", str(number)) for number in range(1000))
     stream = TextStream([TextSource("web", numbered, "0", has_domain_column=True)])
 
     with pytest.raises(SettingsError, match=rf"more than {MAX_DOMAINS} domains \('0', '1', '2', ...\)"):
