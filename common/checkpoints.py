@@ -138,11 +138,7 @@ def _check_tensors(model: str, info: dict[str, Any]) -> None:
     problems = (
         ("has another shape in the files than the configuration says", [name for name, *_ in info["mismatched_keys"]]),
         ("is missing from the files", info["missing_keys"]),
-        # Old checkpoints also stored the rotary frequencies, which follow from the configuration.
-        (
-            "has no place in the model",
-            [name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")],
-        ),
+        ("has no place in the model", info["unexpected_keys"]),
     )
     for problem, names in problems:
         if names:

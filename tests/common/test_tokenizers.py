@@ -31,6 +31,11 @@ def with_swapped_tokens(content):
     vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
 
 
+def with_swapped_rare_tokens(content):
+    vocabulary = content["model"]["vocab"]
+    vocabulary["q"], vocabulary["z"] = vocabulary["z"], vocabulary["q"]
+
+
 def without_last_merge(content):
     content["model"]["merges"].pop()
 
@@ -41,7 +46,10 @@ def test_the_class_makes_no_difference():
     assert tokenizer_difference(byte_level_tokenizer(), as_generic()) is None
 
 
-@pytest.mark.parametrize("change", [without_normalizer, with_prefix_space, with_swapped_tokens, without_last_merge])
+@pytest.mark.parametrize(
+    "change",
+    [without_normalizer, with_prefix_space, with_swapped_tokens, with_swapped_rare_tokens, without_last_merge],
+)
 def test_other_tokens_make_another_digest(change):
     assert tokens_digest(as_generic(change)) != tokens_digest(byte_level_tokenizer())
 
