@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from upcycled_moe.common.blocks import collate_blocks
 from upcycled_moe.evaluation.perplexity import (
@@ -68,7 +68,22 @@ def mamba():
     )
 
 
-@pytest.mark.parametrize("make", [bloom, mamba])
+class Qwen2WithoutPositions(Qwen2ForCausalLM):
+    """Takes positions, and makes nothing of them."""
+
+    def forward(self, input_ids, position_ids=None, use_cache=None):
+        return super().forward(input_ids, use_cache=use_cache)
+
+
+def qwen2():
+    config = Qwen2Config(
+        vocab_size=512, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, initializer_range=0.3,
+    )  # fmt: skip
+    return Qwen2WithoutPositions(config)
+
+
+@pytest.mark.parametrize("make", [bloom, mamba, qwen2])
 def test_a_model_that_does_not_tell_documents_apart_reads_them_one_at_a_time(make, tokenizer):
     torch.manual_seed(0)
     other = make().eval()
