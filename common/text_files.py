@@ -173,7 +173,8 @@ def _uncompressed_name(file: Path) -> str:
 
 
 def _stem(file: Path) -> str:
-    return Path(_uncompressed_name(file)).stem
+    """Return the name without what says its kind and, as on the Hub, which part of a text it is."""
+    return re.sub(r"-\d{5}-of-\d{5}$", "", Path(_uncompressed_name(file)).stem)
 
 
 def _split_of(file: Path, folder: Path) -> str | None:

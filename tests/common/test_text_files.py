@@ -100,3 +100,15 @@ def test_a_folder_without_text_says_which_files_are(tmp_path):
 
     with pytest.raises(SettingsError, match=r"text: no text in this folder; files are \.parquet"):
         _domains(tmp_path, "text")
+
+
+def test_parts_of_a_split_named_as_on_the_hub_belong_to_it(tmp_path):
+    parts = [f"text/validation-0000{part}-of-00002.parquet" for part in range(2)]
+    _write(tmp_path, "text/train-00000-of-00001.parquet", *parts)
+    _write(tmp_path, "domains/code_validation-00000-of-00001.parquet", "domains/math-00000-of-00001.txt")
+
+    assert _domains(tmp_path, "text", split="validation", whole_folders=True) == dict.fromkeys(parts, "text")
+    assert _domains(tmp_path, "domains", split="validation") == {
+        "domains/code_validation-00000-of-00001.parquet": "code"
+    }
+    assert _domains(tmp_path, "domains") == {"domains/math-00000-of-00001.txt": "math"}
