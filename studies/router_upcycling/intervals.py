@@ -39,6 +39,41 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, quantile * statistics.stdev(values) / math.sqrt(len(values)))
 
 
+def p_value(values: Sequence[float]) -> float | None:
+    """Return how likely a mean at least as far from zero is, were the true one zero; None for a single value.
+
+    Source: Student's t-test with n - 1 degrees of freedom, two-sided; the distribution in closed form, Abramowitz and
+    Stegun (1964), 26.7.3 and 26.7.4.
+    """
+    if len(values) == 1:
+        return None
+    spread = statistics.stdev(values) / math.sqrt(len(values))
+    if spread == 0:
+        return float(statistics.fmean(values) == 0)
+    degrees = len(values) - 1
+    angle = math.atan(abs(statistics.fmean(values)) / spread / math.sqrt(degrees))
+    term, total = (math.cos(angle), 0.0) if degrees % 2 else (1.0, 0.0)
+    for number in range(1 + degrees % 2, degrees, 2):
+        total += term
+        term *= number / (number + 1) * math.cos(angle) ** 2
+    if degrees % 2:
+        return 1 - 2 / math.pi * (angle + math.sin(angle) * total)
+    return 1 - math.sin(angle) * total
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return `p_values` corrected for how many there are.
+
+    Source: Holm (1979), A simple sequentially rejective multiple test procedure.
+    """
+    corrected, largest = [0.0] * len(p_values), 0.0
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    for rank, number in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[number]))
+        corrected[number] = largest
+    return corrected
+
+
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Interval:
     """Return the mean over seeds of `values - baseline` and its interval; both are by seed.
 

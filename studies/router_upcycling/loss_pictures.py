@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from intervals import Interval, mean_interval, paired_difference
-from study_results import ALL_DOMAINS
+from study_settings import ALL_DOMAINS
 
 from upcycled_moe.common.pictures import new_figure, save_png
 
 
 # Line styles go round before colours do, so that many methods stay apart without colour too.
 STYLES = ("-", "--", ":", "-.")
-# Nats from the baseline at the end: methods further away do not set the scale, or all others would be one line.
+# Nats from the baseline at the end: methods further away are named below the picture, or all others would be one line.
 NEAR = 0.03
+# Of the distance between two evaluations: how far bars of different methods stand apart, all together.
+SPREAD = 0.3
 
 
 def draw_losses(found: Mapping[str, Any], baseline: str, parent: str, path: Path) -> Path:
@@ -21,35 +23,51 @@ def draw_losses(found: Mapping[str, Any], baseline: str, parent: str, path: Path
 
     Bars, and the band around the baseline, are 95 % intervals over seeds.
     """
-    figure = new_figure(height=5.0, width=12.0)
+    figure = new_figure(height=5.4, width=12.0)
     losses, differences = figure.subplots(1, 2)
     methods = found["methods"]
+    near = {name: method for name, method in methods.items() if abs(method["difference"][ALL_DOMAINS]["mean"]) < NEAR}
     losses.axhline(found["loss"][ALL_DOMAINS], color="#888888", linewidth=0.8, label="parent")
-    shown: tuple[list[float], list[float]] = [], []
-    for number, (name, method) in enumerate(methods.items()):
+    shown: tuple[list[float], list[float]] = ([found["loss"][ALL_DOMAINS]], [0.0])
+    for number, (name, method) in enumerate(near.items()):
         style = {"color": f"C{number % 10}", "linestyle": STYLES[number % len(STYLES)], "linewidth": 1.4}
         tokens, intervals = _over_tokens(method["runs"], None)
         losses.plot(tokens, _means(intervals), label=method["title"], **style)
-        is_near = abs(method["difference"][ALL_DOMAINS]["mean"]) < NEAR
-        shown[0].extend(_means(intervals) if is_near else [])
+        shown[0].extend(_means(intervals))
         if name == baseline:
             # The bands of the others would lie on it: most of the spread is of the text, which all share.
             _draw_band(losses, tokens, intervals, style["color"])
+            shown[0].extend(_ends(intervals))
             continue
         tokens, intervals = _over_tokens(method["runs"], methods[baseline]["runs"])
-        # Side by side, so that all can be seen.
-        moved = [count + number / len(methods) * (tokens[0] / 2) for count in tokens]
+        # Lines are where they are; bars stand side by side around that place, so that all can be seen.
+        differences.plot(tokens, _means(intervals), **style)
+        offset = ((number + 0.5) / len(near) - 0.5) * SPREAD * (tokens[-1] / max(len(tokens) - 1, 1))
         widths = [interval.half_width or 0.0 for interval in intervals]
-        differences.errorbar(moved, _means(intervals), widths, elinewidth=0.7, **style)
-        shown[1].extend(_means(intervals) if is_near else [])
+        differences.errorbar(
+            [count + offset for count in tokens],
+            _means(intervals),
+            widths,
+            color=style["color"],
+            linestyle="none",
+            elinewidth=0.7,
+        )
+        shown[1].extend(_ends(intervals))
     differences.axhline(0.0, color="#888888", linewidth=0.8)
     losses.set(title=f"Parent {parent}: validation loss", xlabel="tokens", ylabel="nats per token")
     differences.set(title=f"less {methods[baseline]['title']}, paired by seed", xlabel="tokens")
-    _limit(losses, [*shown[0], found["loss"][ALL_DOMAINS]])
-    _limit(differences, [*shown[1], 0.0])
+    _limit(losses, shown[0])
+    _limit(differences, shown[1])
+    if far := [_final_loss(method) for name, method in methods.items() if name not in near]:
+        figure.supxlabel(f"Not on this scale, at the end: {'; '.join(far)}.", fontsize=8)
     figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     save_png(figure, path)
     return path
+
+
+def _final_loss(method: Mapping[str, Any]) -> str:
+    loss, difference = (method[name][ALL_DOMAINS]["mean"] for name in ("loss", "difference"))
+    return f"{method['title']} {loss:.3f} ({difference:+.3f})"
 
 
 def _over_tokens(runs: Mapping[int, Any], baseline: Mapping[int, Any] | None) -> tuple[list[int], list[Interval]]:
@@ -70,13 +88,17 @@ def _means(intervals: list[Interval]) -> list[float]:
     return [interval.mean for interval in intervals]
 
 
+def _ends(intervals: list[Interval]) -> list[float]:
+    return [interval.mean + side * (interval.half_width or 0.0) for interval in intervals for side in (-1, 1)]
+
+
 def _draw_band(axes, tokens: list[int], intervals: list[Interval], color: str) -> None:
-    low = [interval.mean - (interval.half_width or 0.0) for interval in intervals]
-    high = [interval.mean + (interval.half_width or 0.0) for interval in intervals]
+    ends = _ends(intervals)
+    low, high = ends[::2], ends[1::2]
     axes.fill_between(tokens, low, high, color=color, alpha=0.12, linewidth=0)
 
 
 def _limit(axes, values: list[float]) -> None:
-    """Let the axis show `values`, with a margin for their intervals."""
-    margin = 0.25 * (max(values) - min(values)) or 0.01
+    """Let the axis show `values`, with a margin."""
+    margin = 0.05 * (max(values) - min(values)) or 0.01
     axes.set_ylim(min(values) - margin, max(values) + margin)

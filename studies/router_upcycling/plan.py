@@ -70,7 +70,7 @@ def _method_tasks(study: StudySettings, parent: str, name: str, method: Method, 
     }
     inputs = (stages.TEXT, settings["parent"])
     trained = training_task(parent, name, seed)
-    training = Task(trained, stages.train_method, settings, inputs, bulky=(stages.WEIGHTS_FILE,))
+    training = Task(trained, stages.train_method, settings, inputs, bulky=(stages.MODEL_FOLDER,))
     if not is_moe:
         return [training]
     analysis = {"trained": trained, "parent": settings["parent"], "analysis": study.analysis}

@@ -8,8 +8,12 @@ time, 2 wrong settings or input, 130 interrupted.
 """
 
 import argparse
+import fcntl
 import os
 import sys
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 
 from checks import check_models_and_training
@@ -24,6 +28,7 @@ from upcycled_moe.common.settings import SettingsError
 
 DATA = Path("../shared/data/pretrain")
 REPORT_FOLDER = "report"
+LOCK_FILE = "study.lock"
 
 
 def main(argv: list[str]) -> int:
@@ -45,12 +50,22 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.num_workers < 1:
         parser.error(f"--num-workers {options.num_workers}: must be at least 1.")
+    if options.num_workers > (os.cpu_count() or 1):
+        print(
+            f"run.py: warning: --num-workers {options.num_workers} on {os.cpu_count()} CPU cores; each run will take "
+            "longer.",
+            file=sys.stderr,
+        )
     try:
         run_study(load_study(options.config), options.data, options.output, options.num_workers)
     except SettingsError as error:
         return _fail(2, str(error))
     except (TaskError, OSError) as error:
         return _fail(1, str(error))
+    except BrokenProcessPool:
+        return _fail(
+            1, "a worker process was ended from outside, perhaps for want of memory; try fewer --num-workers."
+        )
     except KeyboardInterrupt:
         return _fail(130, "interrupted; run the same command again to go on.")
     return 0
@@ -67,9 +82,24 @@ def run_study(study: StudySettings, data: Path, output: Path, num_workers: int) 
     _set_environment(output)
     if tasks_to_do(tasks, output):
         check_models_and_training(study)
-    run_tasks(tasks, output, num_workers, keep_bulky=study.keep_checkpoints)
-    report = write_report(study, collect_results(study, tasks, output), output / REPORT_FOLDER)
+    with _locked(output):
+        run_tasks(tasks, output, num_workers, keep_bulky=study.keep_checkpoints)
+        report = write_report(study, collect_results(study, tasks, output), output / REPORT_FOLDER)
     print(f"Report: {report}")
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Hold `output` for this command alone; the kernel gives it back when the command ends, however it ends."""
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TaskError(
+                f"{output}: another study is written there; wait for it, or give another --output."
+            ) from None
+        yield
 
 
 def _set_environment(output: Path) -> None:

@@ -1,17 +1,16 @@
 """The report of a study: tables in Markdown, pictures of the loss, and `results.json`."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from intervals import Interval
 from loss_pictures import draw_losses
-from study_results import ALL_DOMAINS
-from study_settings import StudySettings
+from study_settings import ALL_DOMAINS, StudySettings
 
-from upcycled_moe.common.files import replacing
 from upcycled_moe.common.numbers import format_count
+from upcycled_moe.common.output_folder import FolderKind, staged
 from upcycled_moe.common.pictures import INSTALL, can_draw
 
 
@@ -30,19 +29,23 @@ FIGURES = {
 # Losses differ in the fourth decimal; figures are of any size.
 LOSS_DECIMALS = 4
 JSON_DECIMALS = 6
+# A primary comparison is decided below this corrected p-value.
+SIGNIFICANCE = 0.05
+REPORT = FolderKind("report of a study", (RESULTS_FILE,))
 
 
 def write_report(study: StudySettings, results: Mapping[str, Any], folder: Path) -> Path:
-    """Write the report of `study` into `folder` and return the path of its page."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / RESULTS_FILE, json.dumps(_rounded(results)) + "\n")
-    pictures = {}
-    if can_draw():
-        pictures = {
-            parent: draw_losses(found, study.baseline, parent, folder / f"loss_{parent}.png")
-            for parent, found in results["parents"].items()
-        }
-    _write(folder / REPORT_FILE, "\n".join(report_lines(study, results, pictures)) + "\n")
+    """Write the report of `study` into `folder`, all of it or nothing, and return the path of its page."""
+    with staged(folder, kind=REPORT) as partial:
+        (partial / RESULTS_FILE).write_text(json.dumps(_rounded(results)) + "\n", encoding="utf-8")
+        pictures = {}
+        if can_draw():
+            pictures = {
+                parent: draw_losses(found, study.baseline, parent, partial / f"loss_{parent}.png")
+                for parent, found in results["parents"].items()
+            }
+        page = "\n".join(report_lines(study, results, pictures)) + "\n"
+        (partial / REPORT_FILE).write_text(page, encoding="utf-8")
     return folder / REPORT_FILE
 
 
@@ -53,17 +56,60 @@ def report_lines(study: StudySettings, results: Mapping[str, Any], pictures: Map
         f"# {study.title}",
         "",
         f"Seeds {', '.join(map(str, study.seeds))}; ± is half of a 95 % confidence interval over them (t "
-        f"distribution{', wide with so few' if len(study.seeds) < 5 else ''}). A difference is paired: both runs of a "
-        "seed saw the same text in the same order. Losses are in nats per token of validation text, without router "
-        "losses. **Bold**: the interval of a difference excludes zero. Nothing corrects for how many there are.",
+        f"distribution{', wide with so few' if len(study.seeds) < 5 else ''}). A seed draws the order of the text and "
+        "the routers that are random; routers out of attention heads draw nothing, so their runs differ in the order "
+        "only. A difference is paired: both runs of a seed saw the same blocks in the same order. Losses are in nats "
+        f"per token of validation text{_validation_size(study)}, without router losses. **Bold**: the interval of a "
+        "difference excludes zero; only the primary comparisons are corrected for how many there are.",
         "",
-        f"{results['wall_seconds'] / 60:.0f} minutes in all. {versions}.",
+        f"{results['wall_seconds'] / 60:.0f} minutes in all, with whatever else the machine did. {versions}.",
     ]
+    if any(found["primary_comparisons"] for found in results["parents"].values()):
+        lines += ["", *_primary_lines(results["parents"])]
     if not pictures:
         lines += ["", f"No pictures: {INSTALL}."]
     for parent, found in results["parents"].items():
         lines += ["", *_parent_lines(study, parent, found, pictures.get(parent))]
     return lines
+
+
+def _validation_size(study: StudySettings) -> str:
+    if (num_blocks := study.training.get("max_eval_blocks")) is None:
+        return ""
+    num_tokens = num_blocks * study.training["block_size"] * len(study.text.domains)
+    return f" (at most {num_tokens:,} tokens, as many of each domain)"
+
+
+def _primary_lines(parents: Mapping[str, Any]) -> Iterator[str]:
+    yield "## Primary comparisons"
+    yield ""
+    yield (
+        "Final loss of the first less that of the second. p: paired t-test, corrected for all rows of this table "
+        f"(Holm). A row is undecided at {SIGNIFICANCE:g} or above."
+    )
+    yield ""
+    rows = (
+        [
+            *(found["methods"][pair[side]]["title"] for side in ("first", "second")),
+            f"`{parent}`",
+            format_difference(Interval(**pair["difference"][ALL_DOMAINS])),
+            _p_value(pair.get("corrected_p_value")),
+            _verdict(pair),
+        ]
+        for parent, found in parents.items()
+        for pair in found["primary_comparisons"]
+    )
+    yield from _table(["first", "second", "parent", "difference", "p", "lower loss"], rows)
+
+
+def _p_value(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
+
+
+def _verdict(pair: Mapping[str, Any]) -> str:
+    if pair.get("corrected_p_value") is None or pair["corrected_p_value"] >= SIGNIFICANCE:
+        return "undecided"
+    return "first" if pair["difference"][ALL_DOMAINS]["mean"] < 0 else "second"
 
 
 def _parent_lines(study: StudySettings, parent: str, found: Mapping[str, Any], picture: Path | None) -> Iterable[str]:
@@ -81,15 +127,15 @@ def _parent_lines(study: StudySettings, parent: str, found: Mapping[str, Any], p
     domains = [domain for domain in found["loss"] if domain != ALL_DOMAINS]
     yield from ("", f"Final loss by domain, less that of `{study.baseline}` (whose loss itself is in its row):", "")
     yield from _domain_table(study.baseline, found["methods"], domains)
-    if found["comparisons"]:
-        yield from ("", "Final loss of the first less that of the second:", "")
-        yield from _comparison_table(found, [ALL_DOMAINS, *domains])
+    if pairs := [*found["primary_comparisons"], *found["comparisons"]]:
+        yield from ("", "Final loss of the first less that of the second, not corrected:", "")
+        yield from _comparison_table(found["methods"], pairs, [ALL_DOMAINS, *domains])
     yield from ("", "What the routers do after training, means over layers and seeds:", "")
     yield from _router_table([method for method in found["methods"].values() if method["figures"]])
 
 
 def _overview(baseline: str, methods: Mapping[str, Any]) -> Iterable[str]:
-    header = ["method", "parameters", "active", "MFLOPs / token", "final loss", f"less {baseline}", "s / run"]
+    header = ["method", "parameters", "active", "MFLOPs / token", "final loss", f"less {baseline}", "CPU s / run"]
     return _table(header, map(_overview_row, methods.values()))
 
 
@@ -101,13 +147,15 @@ def _domain_table(baseline: str, methods: Mapping[str, Any], domains: Sequence[s
     return _table(["method", *domains], rows)
 
 
-def _comparison_table(found: Mapping[str, Any], domains: Sequence[str]) -> Iterable[str]:
+def _comparison_table(
+    methods: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]], domains: Sequence[str]
+) -> Iterable[str]:
     rows = (
         [
-            *(found["methods"][pair[side]]["title"] for side in ("first", "second")),
+            *(methods[pair[side]]["title"] for side in ("first", "second")),
             *(format_difference(Interval(**pair["difference"][domain])) for domain in domains),
         ]
-        for pair in found["comparisons"]
+        for pair in pairs
     )
     return _table(["first", "second", *domains], rows)
 
@@ -122,7 +170,7 @@ def _router_table(methods: Sequence[Mapping[str, Any]]) -> Iterable[str]:
 
 
 def _overview_row(method: Mapping[str, Any]) -> list[str]:
-    seconds = [run["seconds"] for run in method["runs"].values()]
+    seconds = [run["cpu_seconds"] for run in method["runs"].values()]
     return [
         method["title"],
         format_count(method["total_parameters"]),
@@ -180,8 +228,3 @@ def _rounded(content: Any) -> Any:
     if isinstance(content, Mapping):
         return {key: _rounded(value) for key, value in content.items()}
     return [_rounded(value) for value in content] if isinstance(content, list) else content
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")

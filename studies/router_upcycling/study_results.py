@@ -5,7 +5,6 @@ Losses are those of language modeling, in nats per token of validation text.
 
 import json
 import platform
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -13,27 +12,39 @@ from pathlib import Path
 from typing import Any
 
 import stages
-from intervals import mean_interval, paired_difference
+from intervals import holm, mean_interval, p_value, paired_difference
 from plan import analysis_task, training_task
-from study_settings import Method, StudySettings
-from tasks import TASK_FILE, Task, busy_seconds
+from study_settings import ALL_DOMAINS, Method, StudySettings
+from tasks import TASK_FILE, Task, TaskError, busy_seconds
 
 
-RESULTS_FORMAT = 1
+RESULTS_FORMAT = 2
 PACKAGES = ("upcycled-moe", "torch", "transformers")
-ALL_DOMAINS = "all"
 
 
 def collect_results(study: StudySettings, tasks: Sequence[Task], output: Path) -> dict[str, Any]:
-    """Return all results of `study`, whose `tasks` are done, for JSON."""
+    """Return all results of `study`, whose `tasks` are done, for JSON.
+
+    Raises:
+        TaskError: if runs that are compared did not see the same blocks.
+    """
+    parents = {parent: _parent_results(study, parent, output) for parent in study.parents}
+    _correct_p_values([pair for found in parents.values() for pair in found["primary_comparisons"]])
     return {
         "format": RESULTS_FORMAT,
         "settings": asdict(study),
         "wall_seconds": busy_seconds(tasks, output),
         "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
         "versions": {package: version(package) for package in PACKAGES},
-        "parents": {parent: _parent_results(study, parent, output) for parent in study.parents},
+        "parents": parents,
     }
+
+
+def _correct_p_values(pairs: Sequence[dict[str, Any]]) -> None:
+    """Add to `pairs`, the primary comparisons with all parents, their p-values corrected for how many there are."""
+    if pairs and all(pair["p_value"] is not None for pair in pairs):
+        for pair, corrected in zip(pairs, holm([pair["p_value"] for pair in pairs]), strict=True):
+            pair["corrected_p_value"] = corrected
 
 
 def _parent_results(study: StudySettings, parent: str, output: Path) -> dict[str, Any]:
@@ -42,6 +53,7 @@ def _parent_results(study: StudySettings, parent: str, output: Path) -> dict[str
     methods = {
         name: _method_runs(study, parent, name, method, output) for name, method in study.methods_of(parent).items()
     }
+    _check_equal_blocks(parent, methods)
     baseline = methods[study.baseline]["runs"]
     for method in methods.values():
         method["loss"] = _intervals(method["runs"])
@@ -49,19 +61,48 @@ def _parent_results(study: StudySettings, parent: str, output: Path) -> dict[str
         method["figures"] = _figure_intervals([run.pop("figures") for run in method["runs"].values()])
     return {
         "tokens": _num_tokens(metrics),
-        "loss": curve_of(metrics)[-1]["loss"],
-        "seconds": _seconds(folder),
+        "loss": curve_of(metrics, study.text.domains)[-1]["loss"],
+        "cpu_seconds": _cpu_seconds(folder),
         "methods": methods,
-        "comparisons": [
-            {
-                "first": first,
-                "second": second,
-                "difference": _differences(methods[first]["runs"], methods[second]["runs"]),
-            }
-            for first, second in study.comparisons
-            if first in methods and second in methods
-        ],
+        "primary_comparisons": _comparisons(study.primary_comparisons, methods),
+        "comparisons": _comparisons(study.comparisons, methods),
     }
+
+
+def _check_equal_blocks(parent: str, methods: Mapping[str, Any]) -> None:
+    """Check that all methods saw the same blocks with the same seed, and were evaluated at the same tokens."""
+    first, *others = methods
+    for other in others:
+        for seed, run in methods[other]["runs"].items():
+            expected = methods[first]["runs"][seed]
+            if run["blocks_digest"] != expected["blocks_digest"] or _grid(run) != _grid(expected):
+                raise TaskError(
+                    f"parent {parent!r}, seed {seed}: {first!r} and {other!r} were not trained and evaluated on the "
+                    "same blocks, so that they cannot be compared; give another --output."
+                )
+
+
+def _grid(run: Mapping[str, Any]) -> list[int]:
+    return [point["tokens"] for point in run["curve"]]
+
+
+def _comparisons(pairs: Sequence[Sequence[str]], methods: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the differences between the two of each pair that were both tried."""
+    return [
+        {
+            "first": first,
+            "second": second,
+            "difference": _differences(methods[first]["runs"], methods[second]["runs"]),
+            "p_value": p_value(
+                [
+                    run["loss"][ALL_DOMAINS] - methods[second]["runs"][seed]["loss"][ALL_DOMAINS]
+                    for seed, run in methods[first]["runs"].items()
+                ]
+            ),
+        }
+        for first, second in pairs
+        if first in methods and second in methods
+    ]
 
 
 def _method_runs(study: StudySettings, parent: str, name: str, method: Method, output: Path) -> dict[str, Any]:
@@ -70,8 +111,14 @@ def _method_runs(study: StudySettings, parent: str, name: str, method: Method, o
     for seed in study.seeds:
         folder = output / training_task(parent, name, seed)
         metrics = _read(folder / stages.METRICS_FILE)
-        curve = curve_of(metrics)
-        runs[seed] = {"loss": curve[-1]["loss"], "curve": curve, "figures": {}, "seconds": _seconds(folder)}
+        curve = curve_of(metrics, study.text.domains)
+        runs[seed] = {
+            "loss": curve[-1]["loss"],
+            "curve": curve,
+            "figures": {},
+            "cpu_seconds": _cpu_seconds(folder),
+            "blocks_digest": metrics["blocks_digest"],
+        }
         if method.recipe is not None:
             figures = _read(output / analysis_task(parent, name, seed) / stages.ANALYSIS_FILE)
             runs[seed]["figures"] = {
@@ -90,13 +137,13 @@ def _method_runs(study: StudySettings, parent: str, name: str, method: Method, o
     }
 
 
-def curve_of(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+def curve_of(metrics: Mapping[str, Any], domains: Iterable[str]) -> list[dict[str, Any]]:
     """Return the evaluations of a run: tokens seen, and the loss of each domain and of all."""
+    names = {**{f"eval_{domain}_loss": domain for domain in domains}, "eval_loss": ALL_DOMAINS}
     by_step: dict[int, dict[str, float]] = {}
     for entry in metrics["log"]:
-        for key, value in entry.items():
-            if match := re.fullmatch(r"eval_(?:(\w+)_)?loss", key):
-                by_step.setdefault(entry["step"], {})[match[1] or ALL_DOMAINS] = value
+        for key in names.keys() & entry.keys():
+            by_step.setdefault(entry["step"], {})[names[key]] = entry[key]
     return [{"tokens": step * metrics["tokens_per_step"], "loss": by_step[step]} for step in sorted(by_step)]
 
 
@@ -143,12 +190,11 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _num_tokens(metrics: Mapping[str, Any]) -> int:
-    return curve_of(metrics)[-1]["tokens"]
+    return curve_of(metrics, ())[-1]["tokens"]
 
 
-def _seconds(folder: Path) -> float:
-    content = _read(folder / TASK_FILE)
-    return content["ended"] - content["began"]
+def _cpu_seconds(folder: Path) -> float:
+    return _read(folder / TASK_FILE)["cpu_seconds"]
 
 
 def _read(path: Path) -> Any:

@@ -1,7 +1,8 @@
 """What a study compares, from its configuration file; an unknown key or an impossible value is an error."""
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,12 @@ OF_A_METHOD = (
     *("learning_rate", "router_learning_rate", "warmup_steps", "router_warmup_steps", "weight_decay"),
     *("max_grad_norm", "lr_scheduler_type"),
 )
+
+
+# What the results call the text of all domains together.
+ALL_DOMAINS = "all"
+# Names become those of folders and files.
+NAME = r"\w[\w.-]*"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +90,9 @@ class StudySettings:
         training: settings of `train.py` for all methods.
         methods: by name.
         baseline: the method that the others are compared with.
-        comparisons: pairs of methods that are compared with each other too.
+        primary_comparisons: pairs of methods that the study is about, named before it runs: their p-values are
+            corrected for how many there are.
+        comparisons: further pairs of methods that are compared with each other.
         seeds: each draws the routers that are random, and the order of the text.
         analysis: settings of the analysis of each trained model.
         keep_checkpoints: whether trained models stay when they have been analysed.
@@ -100,6 +109,7 @@ class StudySettings:
     baseline: str
     seeds: list[int]
     analysis: dict[str, Any]
+    primary_comparisons: list[list[str]] = field(default_factory=list)
     comparisons: list[list[str]] = field(default_factory=list)
     keep_checkpoints: bool = False
 
@@ -174,12 +184,14 @@ def _plain_type(annotation: Any) -> Any:
 
 
 def _check_names(study: StudySettings, path: str) -> None:
+    _check_plain_names(study.parents, f"{path}: parents")
+    _check_plain_names(study.methods, f"{path}: methods")
+    _check_plain_names(study.text.domains, f"{path}: text.domains")
     check_keys({study.baseline: None}, study.methods, f"{path}: baseline")
-    for pair in study.comparisons:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise SettingsError(f"{path}: comparisons: {pair!r} is not a pair of methods; write [first, second].")
-        check_keys(dict.fromkeys(pair), study.methods, f"{path}: comparisons")
+    _check_pairs(study, path)
     for name, method in study.methods.items():
+        if not method.parents:
+            raise SettingsError(f"{path}: methods.{name}.parents is empty; name at least one.")
         check_keys(dict.fromkeys(method.parents), study.parents, f"{path}: methods.{name}.parents")
         if method.recipe is not None:
             check_keys({method.recipe: None}, packaged_recipes(), f"{path}: methods.{name}.recipe")
@@ -204,6 +216,30 @@ def _check_names(study: StudySettings, path: str) -> None:
                 )
 
 
+def _check_plain_names(names: Iterable[Any], where: str) -> None:
+    names = list(names)
+    if not names:
+        raise SettingsError(f"{where} is empty; name at least one.")
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(NAME, name):
+            raise SettingsError(f"{where}: {name!r} is no name; use letters, digits, '_', '-' and '.'.")
+    if len(set(names)) != len(names):
+        raise SettingsError(f"{where}: {', '.join(names)}: each may be there once.")
+
+
+def _check_pairs(study: StudySettings, path: str) -> None:
+    for setting in ("primary_comparisons", "comparisons"):
+        for pair in getattr(study, setting):
+            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
+                raise SettingsError(f"{path}: {setting}: {pair!r} is not a pair of methods; write [first, second].")
+            check_keys(dict.fromkeys(pair), study.methods, f"{path}: {setting}")
+            first, second = (study.methods[name] for name in pair)
+            if pair[0] == pair[1] or not set(first.parents) & set(second.parents):
+                raise SettingsError(
+                    f"{path}: {setting}: {pair!r} compares nothing; name two methods that have a parent in common."
+                )
+
+
 def _check_analysis(settings: Mapping[str, Any], where: str) -> None:
     # Text and parent are those of the study.
     known = {setting.name for setting in dataclasses.fields(AnalysisSettings)} - {"data", "parent"}
@@ -219,8 +255,8 @@ def _check_numbers(study: StudySettings, path: str) -> None:
         value = getattr(study.text, setting.name)
         if setting.type is int and value < 1:
             raise SettingsError(f"{path}: text.{setting.name}={value} must be at least 1.")
-    if not study.text.domains:
-        raise SettingsError(f"{path}: text.domains is empty; name at least one.")
+    if ALL_DOMAINS in study.text.domains:
+        raise SettingsError(f"{path}: text.domains: {ALL_DOMAINS!r} is what results call all of them; rename it.")
     if not all(type(seed) is int for seed in study.seeds) or len(set(study.seeds)) != len(study.seeds):
         raise SettingsError(f"{path}: seeds={study.seeds} must be whole numbers, each once.")
     if not 1 <= len(study.seeds) <= MAX_SEEDS:

@@ -5,11 +5,14 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
+import signal
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +44,8 @@ class Task:
         settings: all that the result depends on besides the inputs; they fit in JSON.
         inputs: names of other tasks.
         files: by name, files that it reads; their content counts, not where they lie.
-        bulky: names of files that only other tasks read; they are deleted once those are done, unless asked to stay.
+        bulky: names of files and folders that only other tasks read; they are deleted once those are done, unless
+            asked to stay.
     """
 
     name: str
@@ -103,29 +107,37 @@ def run_tasks(
     keep_bulky: bool = False,
     announce: Callable[[str], None] = print,
 ) -> None:
-    """Run those of `tasks` that are to do, `num_workers` at a time.
+    """Run those of `tasks` that are to do, `num_workers` at a time; one that fails stops only those that need it.
 
     Raises:
-        SettingsError: if a task says that its settings do not work.
-        TaskError: if a task fails otherwise; the message names its log.
+        SettingsError: if all that failed say that their settings do not work.
+        TaskError: if tasks failed otherwise; the message names the log.
     """
     to_do, wanted = tasks_to_do(tasks, output), fingerprints(tasks)
     if done := len(tasks) - len(to_do):
         announce(f"{done} of {len(tasks)} results are there already.")
     waiting, running, finished = list(to_do), {}, done
-    open_names = {task.name for task in to_do}
+    open_names, failures = {task.name for task in to_do}, []
     # Workers import torch once, and serve many tasks.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, context, initializer=_start_worker) as pool:
         try:
-            while waiting or running:
+            while True:
                 for task in [task for task in waiting if not open_names & set(task.inputs)]:
                     if len(running) < num_workers:
                         waiting.remove(task)
                         running[pool.submit(_execute, task, output, wanted[task.name])] = task
+                if not running:
+                    break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     task = running.pop(future)
-                    seconds = _result(future, task, output)
+                    try:
+                        seconds = _result(future, task, output)
+                    except (SettingsError, TaskError) as error:
+                        failures.append(error)
+                        # Its name stays open, so that nothing that needs it begins.
+                        announce(f"Failed: {error}")
+                        continue
                     open_names.remove(task.name)
                     finished += 1
                     announce(f"[{finished}/{len(tasks)}] {task.name}, {seconds:.0f} s")
@@ -133,11 +145,24 @@ def run_tasks(
                         _delete_bulky(tasks, open_names, output)
         except BaseException:
             # What runs would otherwise be waited for; nothing half-written counts.
-            for process in list(pool._processes.values()):
-                process.kill()
+            workers = list(pool._processes.values())
+            for worker in workers:
+                worker.terminate()
+            for worker in workers:
+                worker.join()
             raise
+    if failures:
+        raise _summary(failures, len(waiting))
     if not keep_bulky:
         _delete_bulky(tasks, set(), output)
+
+
+def _summary(failures: Sequence[Exception], num_left_out: int) -> Exception:
+    """Return the one failure, or one that counts them."""
+    if len(failures) == 1 and not num_left_out:
+        return failures[0]
+    kind = SettingsError if all(isinstance(failure, SettingsError) for failure in failures) else TaskError
+    return kind(f"{len(failures)} failed, {num_left_out} that need them did not run; the first: {failures[0]}")
 
 
 def _result(future: Future, task: Task, output: Path) -> float:
@@ -145,6 +170,9 @@ def _result(future: Future, task: Task, output: Path) -> float:
         return future.result()
     except SettingsError as error:
         raise SettingsError(f"{task.name}: {error}") from error
+    except BrokenProcessPool:
+        # Nothing can run any more, so that this is not one task's failure.
+        raise
     except Exception as error:
         log = output / LOG_FOLDER / f"{task.name}.log"
         raise TaskError(f"{task.name}: {type(error).__name__}: {error}; see {log}.") from error
@@ -155,11 +183,20 @@ def _delete_bulky(tasks: Sequence[Task], open_names: set[str], output: Path) -> 
     for task in tasks:
         readers = {other.name for other in tasks if task.name in other.inputs}
         if task.name not in open_names and not readers & open_names:
-            for name in task.bulky:
-                (output / task.name / name).unlink(missing_ok=True)
+            for path in (output / task.name / name for name in task.bulky):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
 
 
 def _start_worker() -> None:
+    from tqdm import tqdm
+
+    # Ctrl-C reaches all processes of a terminal; the parent ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The lock that tqdm would make is shared between processes, and a worker that is ended would leave it behind.
+    tqdm.set_lock(threading.RLock())
     # Without it a worker would outlive a parent that was killed, and wait for work for ever.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

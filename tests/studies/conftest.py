@@ -89,6 +89,7 @@ def study_template() -> dict:
             },
         },
         "baseline": "vanilla",
+        "primary_comparisons": [["folded", "vanilla"]],
         "comparisons": [["folded", "dense"]],
         "seeds": [1, 2],
         "analysis": {"tokens_per_domain": 128, "block_size": 32},

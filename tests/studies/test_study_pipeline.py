@@ -1,18 +1,22 @@
 """A whole study of a few seconds: text, tokenizer, parent, methods, analysis, report."""
 
+import fcntl
 import json
+import math
 import re
 import shutil
 from itertools import accumulate
 
 import pytest
 import stages
+import study_report
+import torch
 import yaml
 from plan import study_tasks, training_task
-from run import main
+from run import LOCK_FILE, main
 from study_settings import load_study
 from tasks import run_tasks, tasks_to_do
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from upcycled_moe.train.arguments import build_arguments
 
@@ -79,6 +83,76 @@ def test_parameters_and_figures_are_those_of_the_model(methods):
     assert methods["dense"]["figures"] == {}
 
 
+def test_primary_comparisons_are_corrected_and_say_what_is_undecided(output):
+    found = json.loads((output / "report" / "results.json").read_text())["parents"]["gqa"]
+    (pair,) = found["primary_comparisons"]
+    first, second = (
+        [run["loss"]["all"] for run in found["methods"][name]["runs"].values()] for name in ("folded", "vanilla")
+    )
+    # Two pairs: the t distribution of one degree of freedom is Cauchy's.
+    one, two = (a - b for a, b in zip(first, second, strict=True))
+    expected = 1 - 2 / math.pi * math.atan(abs(one + two) / abs(one - two))
+    # Losses in the file are rounded.
+    assert pair["corrected_p_value"] == pair["p_value"] == pytest.approx(expected, abs=0.05)
+    report = (output / "report" / "report.md").read_text()
+    assert re.search(r"^\| Folded \| Vanilla \| `gqa` \| .* \| undecided \|$", report, re.MULTILINE)
+
+
+def test_upcycled_models_start_from_the_function_of_the_parent(methods):
+    starts = [methods[name]["runs"]["1"]["curve"][0]["loss"]["all"] for name in ("dense", "vanilla", "folded")]
+    assert starts == pytest.approx(starts[:1] * 3, abs=1e-4)
+
+
+def test_folded_routers_give_the_same_logits(output, settings, tasks_of, tmp_path):
+    (task,) = [task for task in tasks_of(settings) if task.name == training_task("gqa", "folded", 1)]
+    parent, text = output / "parent" / "gqa" / stages.MODEL_FOLDER, output / "text" / stages.PARENT_FILE
+    outputs = []
+    for folds in (False, True):
+        start = stages._upcycle({**task.settings, "fold_routers": folds}, parent, text, tmp_path / str(folds))
+        model = AutoModelForCausalLM.from_pretrained(start)
+        assert (model.config.router_type == "linear") == folds
+        with torch.no_grad():
+            outputs.append(model(torch.arange(32)[None] * 7, output_router_logits=True))
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits)
+    torch.testing.assert_close(outputs[0].router_logits, outputs[1].router_logits)
+
+
+def test_runs_on_other_blocks_are_not_compared_and_the_report_stays(
+    output, settings, write_config, data, tmp_path, capsys
+):
+    copy = tmp_path / "out"
+    shutil.copytree(output, copy)
+    metrics = copy / training_task("gqa", "folded", 2) / stages.METRICS_FILE
+    metrics.write_text(metrics.read_text().replace('"blocks_digest": "', '"blocks_digest": "other'))
+    before = (copy / "report" / "results.json").read_bytes()
+    assert run_study(write_config(settings), data, copy) == 1
+    assert "seed 2: 'dense' and 'folded' were not trained and evaluated on the same blocks" in capsys.readouterr().err
+    assert (copy / "report" / "results.json").read_bytes() == before
+
+
+def test_a_report_is_written_whole_or_not_at_all(output, settings, write_config, data, tmp_path, capsys, monkeypatch):
+    copy = tmp_path / "out"
+    shutil.copytree(output, copy)
+    before = (copy / "report" / "results.json").read_bytes()
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(study_report, "draw_losses", fail)
+    settings["title"] = "Another title"
+    assert run_study(write_config(settings), data, copy) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert (copy / "report" / "results.json").read_bytes() == before
+    assert not list(copy.glob("*.partial"))
+
+
+def test_an_output_is_written_by_one_command_at_a_time(output, settings, write_config, data, capsys):
+    with (output / LOCK_FILE).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run_study(write_config(settings), data, output) == 1
+    assert "another study is written there" in capsys.readouterr().err
+
+
 def test_report_has_a_row_a_method_and_pictures(output):
     report = (output / "report" / "report.md").read_text()
     assert re.search(r"^\| Folded \|.* \d\.\d{4} ± \d\.\d{4} \|.*[+-]\d\.\d{4} ± ", report, re.MULTILINE)
@@ -87,7 +161,7 @@ def test_report_has_a_row_a_method_and_pictures(output):
 
 
 def test_trained_models_go_and_parents_stay(output):
-    assert not list((output / "train").rglob("*.safetensors"))
+    assert not list((output / "train").rglob(stages.MODEL_FOLDER))
     assert (output / "parent" / "gqa" / stages.WEIGHTS_FILE).exists()
 
 

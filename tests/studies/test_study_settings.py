@@ -10,6 +10,8 @@ from study_settings import load_study
 from upcycled_moe.common.settings import SettingsError
 
 
+TEXT = dict.fromkeys(("passage_characters", "parent_characters", "upcycling_characters"), 100)
+TEXT |= {"validation_characters": 100, "vocab_size": 320}
 STUDY = Path(__file__).parents[2] / "studies" / "router_upcycling"
 
 
@@ -31,6 +33,29 @@ STUDY = Path(__file__).parents[2] / "studies" / "router_upcycling"
         ),
         ({"analysis": {"block_sise": 8}}, "analysis: unknown key 'block_sise'; did you mean 'block_size'"),
         ({"analysis": {"block_size": 0}}, "analysis: block_size=0 must be at least 1"),
+        (
+            {"text": TEXT | {"domains": ["fiction", "fiction"]}},
+            "text.domains: fiction, fiction: each may be there once",
+        ),
+        ({"text": TEXT | {"domains": [1]}}, "text.domains: 1 is no name"),
+        ({"text": TEXT | {"domains": ["all"]}}, "'all' is what results call all of them"),
+        ({"parents": {}}, "parents is empty"),
+        ({"methods": {"../evil": {"title": "V", "parents": ["gqa"]}}}, "methods: '../evil' is no name"),
+        ({"methods": {"vanilla": {"title": "V", "parents": []}}}, "methods.vanilla.parents is empty"),
+        ({"comparisons": [["vanilla", "vanilla"]]}, "['vanilla', 'vanilla'] compares nothing"),
+        ({"comparisons": [["vanilla", 1]]}, "['vanilla', 1] is not a pair of methods"),
+        (
+            {
+                "parents": {"gqa": {}, "mha": {}},
+                "methods": {
+                    "vanilla": {"title": "V", "parents": ["gqa", "mha"]},
+                    "first": {"title": "F", "parents": ["gqa"]},
+                    "second": {"title": "S", "parents": ["mha"]},
+                },
+                "primary_comparisons": [["first", "second"]],
+            },
+            "primary_comparisons: ['first', 'second'] compares nothing",
+        ),
         ({"comparisons": [["vanilla"]]}, "['vanilla'] is not a pair of methods"),
         ({"comparisons": [["vanilla", "fold"]]}, "comparisons: unknown key 'fold'; did you mean 'folded'"),
         ({"parents": {"gqa": {}, "mha": {}}}, "parent 'mha' is without the baseline"),
@@ -57,7 +82,7 @@ STUDY = Path(__file__).parents[2] / "studies" / "router_upcycling"
 )
 def test_wrong_settings_are_named(settings, write_config, change, message):
     with pytest.raises(SettingsError) as error:
-        load_study(write_config({**settings, "comparisons": [], **change}))
+        load_study(write_config({**settings, "primary_comparisons": [], "comparisons": [], **change}))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -78,11 +103,34 @@ def test_missing_setting_is_named(settings, write_config):
             "training: unknown key 'learning_rat'; did you mean 'learning_rate'",
         ),
         ({"parent_training": {}}, "parent_training: max_steps is missing"),
+        ({"parents": {"gqa": {"hidden_size": -1}}}, "parents.gqa: hidden_size=-1 must be a whole number"),
+        ({"parents": {"gqa": {"num_hidden_layers": True}}}, "parents.gqa: .*num_hidden_layers"),
+        ({"parents": {"gqa": {"num_key_value_heads": 3}}}, "parents.gqa: num_attention_heads=8 must be a multiple"),
+        ({"parents": {"gqa": {"hidden_size": 36}}}, "parents.gqa: hidden_size=36 must be a multiple"),
+        (
+            {"parents": {"gqa": {"num_key_value_heads": 2, "max_position_embeddings": 16}}},
+            "calibration_block_size=32 exceeds",
+        ),
     ],
 )
 def test_what_libraries_read_is_checked_before_anything_runs(settings, write_config, change, message):
     with pytest.raises(SettingsError, match=message):
         check_models_and_training(load_study(write_config({**settings, **change})))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": {"num_experts": 4, "num_routers": 64}}, "methods.folded, parent 'gqa': num_routers=64"),
+        ({"recipe": "vanilla_upcycling_8x0.5b", "settings": {}}, "its routers are linear already"),
+        ({"settings": {"num_experts": 4, "num_routers": 4, "router_pooling": "max"}}, "fold_routers: "),
+    ],
+)
+def test_recipes_are_checked_against_parents_that_are_not_there_yet(settings, write_config, change, message):
+    settings["methods"]["folded"] |= change
+    with pytest.raises(SettingsError, match=message) as error:
+        check_models_and_training(load_study(write_config(settings)))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("path", sorted(STUDY.glob("*.yaml")), ids=lambda path: path.stem)

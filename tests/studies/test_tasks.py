@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from stages_of_test import append, fail, refuse
+from stages_of_test import append, fail, fill_folder, refuse
 from tasks import TASK_FILE, Task, TaskError, busy_seconds, fingerprints, run_tasks, tasks_to_do
 
 from upcycled_moe.common.settings import SettingsError
@@ -83,6 +83,32 @@ def test_a_failed_task_names_its_log_and_leaves_no_folder(tmp_path):
     assert not (tmp_path / "broken").exists()
 
 
+def test_a_failed_task_stops_only_those_that_need_it(tmp_path):
+    lines = []
+    tasks = [
+        Task("broken", fail, {}),
+        Task("needs_it", append, {"text": "a"}, inputs=("broken",)),
+        Task("needs_that", append, {"text": "a"}, inputs=("needs_it",)),
+        Task("picky", refuse, {}),
+        Task("other", append, {"text": "a"}),
+    ]
+    with pytest.raises(TaskError, match=r"^2 failed, 2 that need them did not run; the first: broken: ValueError"):
+        run_tasks(tasks, tmp_path, 1, announce=lines.append)
+    assert [line.split()[:2] for line in lines] == [
+        ["Failed:", "broken:"],
+        ["Failed:", "picky:"],
+        ["[1/5]", "other,"],
+    ]
+    assert names(tasks_to_do(tasks, tmp_path)) == ["broken", "needs_it", "needs_that", "picky"]
+
+
+def test_bulky_folders_go_whole(tmp_path):
+    task = Task("one", fill_folder, {}, bulky=("model",))
+    run_tasks([task], tmp_path, 1, announce=lambda line: None)
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [TASK_FILE, "text"]
+    assert json.loads((tmp_path / "one" / TASK_FILE).read_text())["cpu_seconds"] >= 0
+
+
 def test_settings_that_a_task_refuses_are_the_users(tmp_path):
     with pytest.raises(SettingsError, match=r"^picky: give another\.$"):
         run_tasks([Task("picky", refuse, {})], tmp_path, 1, announce=lambda line: None)
@@ -97,7 +123,25 @@ def test_busy_seconds_count_overlaps_once_and_pauses_not_at_all(tmp_path):
 
 
 def test_after_a_kill_what_was_finished_stays_and_workers_end(tmp_path):
-    script = tmp_path / "run_chain.py"
+    _, worker = stopped_in_second_task(tmp_path, signal.SIGKILL)
+    wait_until(lambda: not is_running(worker))
+    again = [Task("one", append, {"text": "a"}), Task("two", append, {"text": "b"}, inputs=("one",))]
+    assert names(tasks_to_do(again, tmp_path)) == ["two"]
+    run_tasks(again, tmp_path, 1, announce=lambda line: None)
+    assert (tmp_path / "two" / "text").read_text() == "ab"
+    assert not (tmp_path / "two" / "pid").exists()
+
+
+def test_an_interrupt_ends_workers_and_leaves_nothing_behind(tmp_path):
+    errors, worker = stopped_in_second_task(tmp_path, signal.SIGINT)
+    assert not is_running(worker)
+    assert "KeyboardInterrupt" in errors
+    assert "resource_tracker" not in errors
+
+
+def stopped_in_second_task(folder: Path, number: signal.Signals) -> tuple[str, int]:
+    """Run two tasks, send the signal in the second, and return the error output and the worker's process id."""
+    script = folder / "run_chain.py"
     script.write_text(
         f"import sys\nsys.path[:0] = {sys.path[:2]!r}\n"
         "from pathlib import Path\n"
@@ -105,20 +149,17 @@ def test_after_a_kill_what_was_finished_stays_and_workers_end(tmp_path):
         "from tasks import Task, run_tasks\n"
         "if __name__ == '__main__':\n"
         "    one, two = Task('one', append, {'text': 'a'}), Task('two', wait_for_ever, {}, inputs=('one',))\n"
-        f"    run_tasks([one, two], Path({str(tmp_path)!r}), 1)\n"
+        f"    run_tasks([one, two], Path({str(folder)!r}), 1)\n"
     )
-    process = subprocess.Popen([sys.executable, str(script)])
-    worker_file = tmp_path / "two.partial" / "two" / "pid"
-    wait_until(worker_file.exists)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    worker = int(worker_file.read_text())
-    wait_until(lambda: not is_running(worker))
-    again = [Task("one", append, {"text": "a"}), Task("two", append, {"text": "b"}, inputs=("one",))]
-    assert names(tasks_to_do(again, tmp_path)) == ["two"]
-    run_tasks(again, tmp_path, 1, announce=lambda line: None)
-    assert (tmp_path / "two" / "text").read_text() == "ab"
-    assert not (tmp_path / "two" / "pid").exists()
+    worker_file = folder / "two.partial" / "two" / "pid"
+    with (folder / "errors").open("w+") as errors:
+        process = subprocess.Popen([sys.executable, str(script)], stderr=errors)
+        wait_until(worker_file.exists)
+        worker = int(worker_file.read_text())
+        process.send_signal(number)
+        process.wait()
+        errors.seek(0)
+        return errors.read(), worker
 
 
 def wait_until(condition, seconds: float = 60.0) -> None:
