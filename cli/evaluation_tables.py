@@ -94,7 +94,8 @@ def differences_table(report: EvaluationReport, titles: Sequence[str]) -> "Table
 def _difference(score: Score | None, scale: float, decimals: int) -> str:
     if score is None:
         return NO_FIGURE
-    shown = f"{scale * score.value:+.{decimals}f}"
+    # Rounded first: what rounds to zero has no minus.
+    shown = f"{round(scale * score.value, decimals) + 0.0:+.{decimals}f}"
     if score.stderr is None:
         return f"{shown} "
     is_sure = abs(score.value) > SURE_ERRORS * score.stderr
