@@ -154,7 +154,9 @@ def test_a_full_memory_says_what_helps(upcycled_moe, arguments, monkeypatch, tmp
 
 def test_an_interrupted_analysis_leaves_nothing(arguments, tmp_path):
     code = (
-        "import os, sys\n"
+        "import os, signal, sys\n"
+        # A job in the background may be started with the signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from upcycled_moe.analysis import analyze\n"
         f"analyze.run_pass = lambda *args: os.kill(os.getpid(), {int(signal.SIGINT)})\n"
         "from upcycled_moe.cli.main import main\n"

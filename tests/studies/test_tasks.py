@@ -14,6 +14,10 @@ from tasks import TASK_FILE, Task, TaskError, busy_seconds, fingerprints, run_ta
 from upcycled_moe.common.settings import SettingsError
 
 
+# Of the tasks of this test and of the study.
+MODULE_FOLDERS = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "studies" / "router_upcycling")]
+
+
 def chain(first="a", second="b", **options) -> list[Task]:
     """Two tasks, of which the second reads what the first wrote."""
     return [
@@ -143,7 +147,9 @@ def stopped_in_second_task(folder: Path, number: signal.Signals) -> tuple[str, i
     """Run two tasks, send the signal in the second, and return the error output and the worker's process id."""
     script = folder / "run_chain.py"
     script.write_text(
-        f"import sys\nsys.path[:0] = {sys.path[:2]!r}\n"
+        f"import signal, sys\nsys.path[:0] = {MODULE_FOLDERS!r}\n"
+        # A job in the background may be started with the signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pathlib import Path\n"
         "from stages_of_test import append, wait_for_ever\n"
         "from tasks import Task, run_tasks\n"
