@@ -56,6 +56,9 @@ def draw_losses(found: Mapping[str, Any], baseline: str, parent: str, path: Path
     differences.axhline(0.0, color="#888888", linewidth=0.8)
     losses.set(title=f"Parent {parent}: validation loss", xlabel="tokens", ylabel="nats per token")
     differences.set(title=f"less {methods[baseline]['title']}, paired by seed", xlabel="tokens")
+    for axes in (losses, differences):
+        # Numbers of tokens are long.
+        axes.locator_params(axis="x", nbins=5)
     _limit(losses, shown[0])
     _limit(differences, shown[1])
     if far := [_final_loss(method) for name, method in methods.items() if name not in near]:
