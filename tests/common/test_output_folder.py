@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from partial_outputs import leave_partial
 
 from upcycled_moe.common import output_folder
 from upcycled_moe.common.output_folder import FolderKind, OutputError, staged
@@ -55,15 +56,6 @@ def test_an_output_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monke
         (folder / "new").touch()
     assert entries(tmp_path) == ["out"]
     assert entries(out) == ["config.json"]
-
-
-def leave_partial(folder: Path) -> Path:
-    """Make what a killed run to `folder / "out"` leaves, and return it."""
-    partial = folder / "out.partial"
-    (partial / "out").mkdir(parents=True)
-    (partial / output_folder.LOCK_FILE).touch()
-    (partial / "out" / "half").touch()
-    return partial
 
 
 def test_leftovers_of_a_killed_run_are_cleared(tmp_path):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from dense_checkpoints import folder_hashes
+from partial_outputs import leave_partial
 
-from upcycled_moe.common import output_folder
 from upcycled_moe.common.output_folder import OutputError, staged
 from upcycled_moe.conversion import writer
 from upcycled_moe.conversion.contents import Computed, FileBytes, joined, paired, scaled
@@ -33,15 +33,6 @@ def contents(plan):
 
 def entries(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def leave_partial(folder: Path) -> Path:
-    """Make what a killed run to `folder / "out"` leaves, and return it."""
-    partial = folder / "out.partial"
-    (partial / "out").mkdir(parents=True)
-    (partial / output_folder.LOCK_FILE).touch()
-    (partial / "out" / "half").touch()
-    return partial
 
 
 @pytest.mark.parametrize("name", ["out.partial", "out.replaced"])
