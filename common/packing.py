@@ -64,16 +64,6 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, int | N
     return (tokenizer if backend is None else backend.to_str(), tokenizer.eos_token_id)
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a short text that is the same for tokenizers that make the same tokens of a text."""
-    backend, end = tokenizer_identity(tokenizer)
-    if not isinstance(backend, str):
-        return digest(type(backend).__qualname__.encode(), repr(end).encode())
-    # Whoever calls a tokenizer changes how it truncates and pads, and no call here does either.
-    parts = {name: part for name, part in json.loads(backend).items() if name not in ("truncation", "padding")}
-    return digest(json.dumps(parts, sort_keys=True).encode(), repr(end).encode())
-
-
 def digest(*parts: bytes) -> str:
     """Return a short text that is another one for other `parts`."""
     whole = hashlib.sha256()
@@ -109,7 +99,12 @@ class TokenizedText:
 
     @cached_property
     def _tokenizer_digest(self) -> str:
-        return tokenizer_digest(self.tokenizer)
+        backend, end = tokenizer_identity(self.tokenizer)
+        if not isinstance(backend, str):
+            return digest(type(backend).__qualname__.encode(), repr(end).encode())
+        # Whoever calls a tokenizer changes how it truncates and pads, and no call here does either.
+        parts = {name: part for name, part in json.loads(backend).items() if name not in ("truncation", "padding")}
+        return digest(json.dumps(parts, sort_keys=True).encode(), repr(end).encode())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position: where a batch of documents begins, and how many of them were yielded."""
