@@ -18,21 +18,21 @@ from ..common.checkpoints import (
     model_without_weights,
 )
 from ..common.devices import best_device
-from ..common.labelled_text import Block, labelled_blocks
+from ..common.labelled_text import Block
+from ..common.moe_layers import MoeLayer, find_moe_layers
 from ..common.progress import Progress
 from ..common.provenance import RecordedParent, installed_versions, recorded_parent
+from ..common.routing_pass import run_pass
 from ..common.settings import SettingsError
-from ..common.text import open_text
+from ..common.text_blocks import check_tokens, read_blocks
 from ..common.tokenizers import tokens_digest
-from .layers import MoeLayer, find_moe_layers
 from .measures import MEASURES
 from .measures.expert_weights import ExpertWeights, fits_parent
 from .measures.measure import Subject
 from .parent import DenseParent
 from .results import AnalysisReport, CheckpointResult, Comparison
-from .routing_pass import run_pass
 from .saturation import RecordedSelections, SelectionRecorder, compare, differences
-from .settings import MAX_BLOCK_SIZE, AnalysisSettings
+from .settings import AnalysisSettings
 
 
 _CAUTION = (
@@ -70,17 +70,14 @@ def analyze(
     opened = [_open(checkpoint, settings) for checkpoint in name_checkpoints(checkpoints)]
     if settings.parent is not None:
         _check_parent(settings.parent, opened)
-    block_size = _block_size(settings, opened)
+    block_size = settings.block_size_for(
+        {one.checkpoint.path: getattr(one.config, "max_position_embeddings", None) for one in opened}
+    )
     texts: dict[str, dict[str, list[Block]]] = {}
     for one in opened:
         if one.tokenizer_digest not in texts:
-            documents = open_text(
-                settings.data, settings.split, settings.text_column, settings.domain_column, whole_folders=True
-            )
-            texts[one.tokenizer_digest] = labelled_blocks(
-                documents, one.tokenizer, block_size, settings.tokens_per_domain
-            )
-        _check_tokens(one, texts[one.tokenizer_digest])
+            texts[one.tokenizer_digest] = read_blocks(settings, one.tokenizer, block_size)
+        check_tokens(one.checkpoint.path, texts[one.tokenizer_digest], one.config)
     parents, notes = _parents(opened, settings)
     results, selections = [], {}
     for one in opened:
@@ -137,29 +134,6 @@ def _parents(opened: Sequence[_OpenCheckpoint], settings: AnalysisSettings) -> t
                 "what it was at the conversion. --parent compares all the same."
             )
     return parents, notes
-
-
-def _block_size(settings: AnalysisSettings, opened: Sequence[_OpenCheckpoint]) -> int:
-    """Return the block size of all checkpoints, the same so that they see the same blocks."""
-    limits = {one.checkpoint.path: getattr(one.config, "max_position_embeddings", None) for one in opened}
-    limits = {path: limit for path, limit in limits.items() if limit is not None}
-    shortest = min(limits, key=limits.get, default=None)
-    if settings.block_size is None:
-        return min([MAX_BLOCK_SIZE, *limits.values()])
-    if shortest is not None and settings.block_size > limits[shortest]:
-        raise SettingsError(
-            f"block_size={settings.block_size} exceeds the {limits[shortest]} positions of {shortest}; lower it."
-        )
-    return settings.block_size
-
-
-def _check_tokens(one: _OpenCheckpoint, domains: Mapping[str, Sequence[Block]]) -> None:
-    largest = max(max(block["input_ids"]) for blocks in domains.values() for block in blocks)
-    if largest >= one.config.vocab_size:
-        raise SettingsError(
-            f"{one.checkpoint.path}: its tokenizer gives token {largest}, the model's vocab_size is "
-            f"{one.config.vocab_size}; put the model's own tokenizer beside it."
-        )
 
 
 def _analyze_one(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..common.moe_layers import RoutedTokens
 from ..common.routing import selection_overlap
-from .layers import RoutedTokens
 from .measures.domain_means import numbers
 from .measures.measure import Subject
 from .results import Comparison, Figure

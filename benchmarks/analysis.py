@@ -17,11 +17,11 @@ from measure import machine, spread
 from shapes import SMALL
 
 from modeling_upcycled_moe import UpcycledQwenMoeConfig, UpcycledQwenMoeForCausalLM
-from upcycled_moe.analysis.layers import find_moe_layers
 from upcycled_moe.analysis.measures import MEASURES, Measure, Subject
-from upcycled_moe.analysis.routing_pass import run_pass
 from upcycled_moe.analysis.settings import AnalysisSettings
 from upcycled_moe.common.devices import best_device
+from upcycled_moe.common.moe_layers import find_moe_layers
+from upcycled_moe.common.routing_pass import run_pass
 
 
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": SMALL["intermediate_size"]}

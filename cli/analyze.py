@@ -7,7 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..analysis.settings import DTYPES, MAX_BLOCK_SIZE, AnalysisSettings
+from ..analysis.settings import AnalysisSettings
+from .text_options import PASS_MEMORY_ADVICE, add_pass_options, add_text_options
 
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from ..analysis.results import AnalysisReport
 
-MEMORY_ADVICE = "lower --batch-size or --block-size, or give --dtype bfloat16"
+MEMORY_ADVICE = PASS_MEMORY_ADVICE
 DEFAULTS = {setting.name: setting.default for setting in fields(AnalysisSettings)}
 
 
@@ -45,60 +46,13 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "upcycling.json names, if it is a folder here)",
     )
     parser.add_argument("--json", action="store_true", help="print the means over layers as JSON")
-    _add_text_options(parser.add_argument_group("text"))
+    add_text_options(parser.add_argument_group("text"))
     running = parser.add_argument_group("running")
-    running.add_argument(
-        "--batch-size",
-        type=int,
-        default=DEFAULTS["batch_size"],
-        help="blocks at a time; changes no figure (default: %(default)s)",
-    )
-    running.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default=DEFAULTS["dtype"],
-        help="compute in; auto is that of the weights (default: %(default)s)",
-    )
+    add_pass_options(running)
     running.add_argument(
         "--trust-remote-code", action="store_true", help="run the code of a CKPT that is not a local folder"
     )
     return parser
-
-
-def _add_text_options(section: argparse._ArgumentGroup) -> None:
-    section.add_argument(
-        "--data",
-        metavar="TEXT",
-        nargs="+",
-        required=True,
-        help="parquet, jsonl and txt files, folders, globs, or Hub datasets; the domain of a text is its column, else "
-        "the sub-folder or the file that it lies in",
-    )
-    section.add_argument(
-        "--domain-column", metavar="NAME", help="column that holds the domain (default: domain, where there is one)"
-    )
-    section.add_argument(
-        "--text-column",
-        metavar="NAME",
-        default=DEFAULTS["text_column"],
-        help="column that holds the text (default: %(default)s)",
-    )
-    section.add_argument(
-        "--split", default=DEFAULTS["split"], help="of folders and Hub datasets (default: %(default)s)"
-    )
-    section.add_argument(
-        "--tokens-per-domain",
-        metavar="N",
-        type=int,
-        default=DEFAULTS["tokens_per_domain"],
-        help="tokens of each domain to read, the first ones (default: %(default)s)",
-    )
-    section.add_argument(
-        "--block-size",
-        metavar="N",
-        type=int,
-        help=f"tokens that are seen together (default: {MAX_BLOCK_SIZE}, or the fewest positions of a model)",
-    )
 
 
 def run(options: argparse.Namespace) -> int:

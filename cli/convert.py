@@ -60,8 +60,8 @@ def run(options: argparse.Namespace) -> int:
 
     from ..common.output_folder import check_kept
     from ..conversion.convert import convert
+    from ..conversion.output import check_output
     from ..conversion.plan import build_plan
-    from ..conversion.writer import check_output
     from .console import ConsoleProgress, quiet_libraries
 
     if options.recipe is not None:

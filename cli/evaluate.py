@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from ..common.checkpoint_names import name_checkpoints
 from ..common.output_folder import FolderKind, check_output_folder, staged
 from ..common.settings import SettingsError
-from ..evaluation.settings import AUTO, DTYPES, MAX_BLOCK_SIZE, EvaluationSettings
+from ..common.text_settings import DTYPES, MAX_BLOCK_SIZE
+from ..evaluation.settings import AUTO, EvaluationSettings
 from ..evaluation.tasks import PAPER_GROUP
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..evaluation.results import DomainLoss, EvaluationReport, Score, TaskInfo
+from ..common.domain_loss import DomainLoss
+from ..evaluation.results import EvaluationReport, Score, TaskInfo
 from ..evaluation.tasks import ACCURACIES
 from .console import results_table, stdout_console
 

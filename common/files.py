@@ -14,3 +14,8 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`."""
+    path.write_text(text, encoding="utf-8", newline="\n")

@@ -6,6 +6,9 @@ import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from .files import write_text
 
 
 # What a conversion writes beside the weights, and training carries on.
@@ -18,6 +21,31 @@ def installed_versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {
         package: importlib.metadata.version(package) for package in PACKAGES
     }
+
+
+def read_provenance(folder: str | Path) -> dict[str, Any] | None:
+    """Return what the provenance file in `folder` says, None if there is none or it is not readable as such."""
+    try:
+        provenance = json.loads((Path(folder) / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return provenance if isinstance(provenance, dict) else None
+
+
+def with_step(provenance: dict[str, Any] | None, command: str, **facts: Any) -> dict[str, Any]:
+    """Return `provenance` with one step more: what `command` did to the checkpoint, with which versions.
+
+    Steps are in their order, below the conversion that began it all. No time and no machine: the same commands give
+    the same bytes.
+    """
+    provenance = dict(provenance or {})
+    steps = [*provenance.get("steps", []), {"command": command, **facts, "versions": installed_versions()}]
+    return provenance | {"steps": steps}
+
+
+def write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
+    """Write `provenance` into `folder`."""
+    write_text(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .contents import Computed, Content, FileBytes, joined, row_blocks
+from ..common.streaming.contents import Computed, Content, FileBytes, joined, row_blocks
+from ..common.streaming.stored import StoredTensor
 from .experts import drawn_content
 from .recipe import ConversionRecipe
-from .source import SourceTensor
 
 
-def copied(name: str, tensors: tuple[SourceTensor, ...], std: float, seed: int) -> Content:
+def copied(name: str, tensors: tuple[StoredTensor, ...], std: float, seed: int) -> Content:
     """Return the first model's own bytes."""
     return FileBytes.whole(tensors[0])
 
 
-def averaged(name: str, tensors: tuple[SourceTensor, ...], std: float, seed: int) -> Content:
+def averaged(name: str, tensors: tuple[StoredTensor, ...], std: float, seed: int) -> Content:
     """Return the mean over the models, summed in float32.
 
     Source: Branch-Train-MiX (arXiv 2403.07816).
@@ -27,14 +27,14 @@ def averaged(name: str, tensors: tuple[SourceTensor, ...], std: float, seed: int
     )
 
 
-def _mean_rows(tensors: tuple[SourceTensor, ...], begin: int, end: int) -> Tensor:
+def _mean_rows(tensors: tuple[StoredTensor, ...], begin: int, end: int) -> Tensor:
     total = torch.zeros(end - begin, *tensors[0].shape[1:])
     for tensor in tensors:
         total += tensor.load()[begin:end]
     return total / len(tensors)
 
 
-def drawn(name: str, tensors: tuple[SourceTensor, ...], std: float, seed: int) -> Content:
+def drawn(name: str, tensors: tuple[StoredTensor, ...], std: float, seed: int) -> Content:
     """Return what a fresh model has: norms of one, biases of zero, matrices from N(0, `std`)."""
     shape = tensors[0].shape
     if len(shape) == 1:
@@ -43,7 +43,7 @@ def drawn(name: str, tensors: tuple[SourceTensor, ...], std: float, seed: int) -
 
 
 # From a tensor's name in the result, the tensor in each dense model, `initializer_range` and seed to the content.
-BACKBONES: dict[str, Callable[[str, tuple[SourceTensor, ...], float, int], Content]] = {
+BACKBONES: dict[str, Callable[[str, tuple[StoredTensor, ...], float, int], Content]] = {
     "copy": copied,
     "average": averaged,
     "random": drawn,

@@ -7,12 +7,12 @@ from modeling_upcycled_moe import ROUTERS
 from ..common.devices import best_device
 from ..common.progress import Progress
 from ..common.routing import router_metrics
+from ..common.streaming.stored import DTYPES
 from .calibration import LayerActivations, calibrate, calibration_blocks
 from .heads import coinciding_keys
 from .plan import ConversionPlan
 from .report import RouterReport, report_router
 from .routers import RouterContent, load_content, one_for_all_slices, router_contents, router_tensor_name
-from .source import DTYPES
 
 
 def calibrated_routers(

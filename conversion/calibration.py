@@ -23,9 +23,10 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Rot
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
 
 from ..common.settings import SettingsError
+from ..common.streaming.stored import DTYPES
 from ..common.text import open_text, pack_blocks
 from .recipe import ConversionRecipe
-from .source import DTYPES, DenseSource
+from .source import DenseSource
 
 
 DECODER_LAYERS = {"qwen2": Qwen2DecoderLayer, "qwen3": Qwen3DecoderLayer}

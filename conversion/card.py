@@ -11,13 +11,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
+from ..common.files import write_text
 from ..common.numbers import format_bytes, format_count
 from .description import describe_model, limits, num_active
 from .papers import papers
 from .plan import ConversionPlan
 from .report import RouterReport
 from .source import DenseSource
-from .writer import write_text
 
 
 CARD_FILE = "README.md"

@@ -1,7 +1,6 @@
 """The conversion: a dense Qwen checkpoint goes in, a Mixture-of-Experts checkpoint comes out."""
 
 import hashlib
-import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..common.companions import copy_companions, declare_tokenizer_class, tokenizer_class_to_declare
 from ..common.output_folder import staged
 from ..common.progress import Progress
-from ..common.provenance import PROVENANCE_FILE, installed_versions
+from ..common.provenance import installed_versions, write_provenance
+from ..common.streaming.writer import BUFFER_BYTES, write_weights
 from .card import write_card
-from .companions import copy_companions, declare_tokenizer_class, tokenizer_class_to_declare
+from .output import check_output
 from .plan import ConversionPlan, build_plan
 from .recipe import ConversionRecipe
 from .report import RouterReport
 from .routers import RouterContent, router_contents
 from .source import DenseSource
-from .writer import BUFFER_BYTES, check_output, write_text, write_weights
 
 
 PROVENANCE_FORMAT = 1
@@ -63,17 +63,17 @@ def convert(
             "always the same, so the language-modeling loss gives the routers no gradient; use 2 "
             f"experts{per_group}, or norm_topk_prob=false."
         )
-    tokenizer_class = tokenizer_class_to_declare(source, plan.config, progress)
+    tokenizer_class = tokenizer_class_to_declare(source.name, source.folder, plan.config, progress)
     contents, reports = initial_routers(plan, progress)
     # Hashing reads what copying has just brought into memory, on another core.
     with staged(out, overwrite) as folder, _in_background(_hash_files, plan.sources) as hashes:
         with progress.task("Writing", plan.num_bytes, "bytes") as advance:
-            write_weights(plan, contents, folder, advance)
-        copy_companions(source, folder)
+            write_weights(plan.shards, contents, folder, advance, num_parameters=plan.total_parameters)
+        copy_companions(source.folder, folder)
         if tokenizer_class is not None:
             declare_tokenizer_class(folder, tokenizer_class)
         provenance = _provenance(plan, reports, hashes.result(), tokenizer_class)
-        write_text(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
+        write_provenance(folder, provenance)
         write_card(folder, plan, reports)
         # Last: without its configuration nothing loads. It brings the code of the model along.
         plan.config.save_pretrained(folder)

@@ -15,22 +15,22 @@ import torch
 from torch import Generator, Tensor
 
 from ..common.settings import SettingsError
-from .contents import Computed, Content, FileBytes, Part, joined, paired, row_blocks, scaled
+from ..common.streaming.contents import Computed, Content, FileBytes, Part, joined, paired, row_blocks, scaled
+from ..common.streaming.stored import StoredTensor
 from .randomness import drawn_tensor, tensor_generator
 from .recipe import ConversionRecipe
-from .source import SourceTensor
 
 
 @dataclass(frozen=True)
 class DenseFfn:
     """The matrices of a dense FFN: `gate` and `up` [I, H], `down` [H, I]."""
 
-    gate: SourceTensor
-    up: SourceTensor
-    down: SourceTensor
+    gate: StoredTensor
+    up: StoredTensor
+    down: StoredTensor
 
     @classmethod
-    def of_layer(cls, layer: Mapping[str, SourceTensor]) -> "DenseFfn":
+    def of_layer(cls, layer: Mapping[str, StoredTensor]) -> "DenseFfn":
         """Return the FFN of the layer with these tensors."""
         return cls(*(layer[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down")))
 
@@ -40,7 +40,7 @@ class DenseFfn:
         return self.gate.shape[0]
 
     @property
-    def matrices(self) -> dict[str, SourceTensor]:
+    def matrices(self) -> dict[str, StoredTensor]:
         """The matrices by name, in the order in which initialisers return theirs."""
         return {"gate_proj": self.gate, "up_proj": self.up, "down_proj": self.down}
 
@@ -81,7 +81,7 @@ def noisy_expert(ffn: DenseFfn, expert: NewExpert) -> tuple[Part, Part, Part]:
     )
 
 
-def _noisy(matrix: SourceTensor, noise: float, seed: int, name: str) -> Tensor:
+def _noisy(matrix: StoredTensor, noise: float, seed: int, name: str) -> Tensor:
     return add_noise(matrix.load(), noise, tensor_generator(seed, name))
 
 
@@ -106,7 +106,7 @@ def num_dropped_neurons(recipe: ConversionRecipe, width: int) -> int:
     return round(recipe.drop_ratio * width)
 
 
-def _redrawn(matrix: SourceTensor, name: str, num_dropped: int, seed: int, expert_name: str) -> Tensor:
+def _redrawn(matrix: StoredTensor, name: str, num_dropped: int, seed: int, expert_name: str) -> Tensor:
     dim = 1 if name == "down_proj" else 0
     # The neurons are drawn by the expert's name alone, and so the same for its three matrices.
     order = torch.randperm(matrix.shape[dim], generator=tensor_generator(seed, f"{expert_name}.neurons"))
@@ -134,7 +134,7 @@ def slice_of_ffn(ffn: DenseFfn, expert: NewExpert) -> tuple[Part, Part, Part]:
     return gate, up, scaled(columns, granularity)
 
 
-def _columns(matrix: SourceTensor, begin: int, width: int) -> Tensor:
+def _columns(matrix: StoredTensor, begin: int, width: int) -> Tensor:
     return matrix.load()[:, begin : begin + width]
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..common.settings import SettingsError
-from .contents import FileBytes
+from ..common.streaming.contents import FileBytes
+from ..common.streaming.stored import StoredTensor
 from .recipe import ConversionRecipe
-from .source import DenseSource, SourceTensor
+from .source import DenseSource
 
 
 # Two keys closer than this part of their length score every token alike, and the later expert hardly gets one.
@@ -190,7 +191,7 @@ def cosine_similarity(units: Tensor) -> Tensor:
     return gram / (lengths[:, None] * lengths[None, :])
 
 
-def query_rows(q_proj: SourceTensor, split: HeadSplit, generator: torch.Generator | None = None) -> FileBytes:
+def query_rows(q_proj: StoredTensor, split: HeadSplit, generator: torch.Generator | None = None) -> FileBytes:
     """Return the content of `query_weight` [R, D, H]: rows of `q_proj` [n * h, H], joined greedily or at random.
 
     These are the source's own bytes. The query bias is left out: it would favour the same experts for every token.

@@ -13,15 +13,17 @@ from modeling_upcycled_moe import UpcycledQwenMoeConfig
 
 from ..common.flops import forward_flops_per_token
 from ..common.settings import SettingsError
+from ..common.streaming.contents import num_computed_elements
+from ..common.streaming.planned import PlannedTensor, Shard, into_shards
+from ..common.streaming.stored import DTYPES
 from ..common.text_files import find_files
-from .contents import num_computed_elements
 from .experts import expert_width
 from .preservation import Preservation, preservation
 from .recipe import ConversionRecipe
 from .routers import ROUTER_INITIALIZERS, RouterInitializer
-from .source import ARCHITECTURES, DTYPES, DenseSource
+from .source import ARCHITECTURES, DenseSource
 from .sources import open_sources, with_commits
-from .tensors import PlannedTensor, planned_tensors, router_module
+from .tensors import planned_tensors, router_module
 
 
 # Buffers, the interpreter and its libraries; measured, see benchmarks/README.md.
@@ -31,19 +33,6 @@ TENSORS_PER_COMPUTED_PART = 3
 
 # What the recipe calls a field of the configuration, where it has another name for it.
 RECIPE_NAMES = {"router_type": "router", "shared_expert_gating": "shared_expert"}
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One weight file of the result."""
-
-    file_name: str
-    tensors: tuple[PlannedTensor, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of its tensors."""
-        return sum(tensor.num_bytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True)
@@ -226,7 +215,7 @@ def build_plan(source: DenseSource, recipe: ConversionRecipe) -> ConversionPlan:
         router,
         config,
         _calibration_files(recipe),
-        _shards(planned_tensors(sources, recipe, config), recipe),
+        into_shards(planned_tensors(sources, recipe, config), recipe.max_shard_bytes),
     )
 
 
@@ -299,20 +288,3 @@ def free_disk_bytes(out: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
-
-
-def _shards(tensors: list[PlannedTensor], recipe: ConversionRecipe) -> tuple[Shard, ...]:
-    groups: list[list[PlannedTensor]] = [[]]
-    size_bytes = 0
-    for tensor in tensors:
-        if groups[-1] and size_bytes + tensor.num_bytes > recipe.max_shard_bytes:
-            groups.append([])
-            size_bytes = 0
-        groups[-1].append(tensor)
-        size_bytes += tensor.num_bytes
-    if len(groups) == 1:
-        return (Shard("model.safetensors", tuple(tensors)),)
-    return tuple(
-        Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", tuple(group))
-        for number, group in enumerate(groups, start=1)
-    )

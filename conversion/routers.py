@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.settings import SettingsError
-from .contents import Computed, FileBytes
+from ..common.streaming.contents import Computed, FileBytes
 from .heads import expert_keys, head_split, query_rows
 from .randomness import drawn_tensor, tensor_generator
 from .recipe import ConversionRecipe

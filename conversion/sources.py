@@ -5,8 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..common.streaming.stored import SourceError
 from .recipe import ConversionRecipe
-from .source import DenseSource, SourceError, expected_shapes, open_source
+from .source import DenseSource, expected_shapes, open_source
 
 
 # Fields of the configuration that change what the model computes; the others are about training and generation.

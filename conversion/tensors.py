@@ -1,34 +1,16 @@
 """Which tensors the result has, and what each of them is made of."""
 
-import math
-from dataclasses import dataclass
-
 import torch
 
 from modeling_upcycled_moe import ROUTERS, Router, UpcycledQwenMoeConfig
 
+from ..common.streaming.contents import Computed, scaled
+from ..common.streaming.planned import PlannedTensor, file_order, layer_of
 from .backbone import BACKBONES, backbone_method
-from .contents import Computed, Content, scaled
 from .experts import DenseFfn, fused_experts, output_factors
 from .randomness import drawn_tensor
 from .recipe import ConversionRecipe
-from .source import DTYPES, DenseSource, expected_shapes
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """A tensor of the result; `content` is None for routers, which the conversion may have to calibrate first."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    content: Content | None
-    is_parameter: bool = True
-
-    @property
-    def num_bytes(self) -> int:
-        """Size in the file."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+from .source import DenseSource, expected_shapes
 
 
 def router_module(config: UpcycledQwenMoeConfig) -> Router:
@@ -49,8 +31,8 @@ def planned_tensors(
     source, planned = sources[0], []
     # A stored copy of tied embeddings has its place only beside what it is a copy of.
     names = source.tensors if backbone_method(recipe) == "copy" else expected_shapes(source.config)
-    for tensor in sorted((source.tensors[name] for name in names), key=_file_order):
-        layer_idx = _layer_of(tensor.name)
+    for tensor in sorted((source.tensors[name] for name in names), key=file_order):
+        layer_idx = layer_of(tensor.name)
         if tensor.name.endswith("rotary_emb.inv_freq"):
             continue
         if layer_idx is not None and ".mlp." in tensor.name and config.is_moe_layer(layer_idx):
@@ -141,15 +123,3 @@ def _router_tensors(config: UpcycledQwenMoeConfig, prefix: str, dtype: str) -> l
         for name, buffer in router.named_buffers()
         if name in saved
     ]
-
-
-def _layer_of(name: str) -> int | None:
-    return int(name.split(".")[2]) if name.startswith("model.layers.") else None
-
-
-def _file_order(tensor) -> tuple:
-    """Embedding, layers in their order, final norm, heads; inside a layer the MLP's norm last, before the experts."""
-    layer_idx = _layer_of(tensor.name)
-    if layer_idx is not None:
-        return (1, layer_idx, tensor.name.endswith("post_attention_layernorm.weight"), tensor.name)
-    return (0 if "embed_tokens" in tensor.name else 2, 0, False, tensor.name)

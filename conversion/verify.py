@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers.utils import has_file
 
 from ..common.checkpoints import check_code, load_config, load_model, load_tokenizer
+from ..common.companions import TOKENIZER_FILES
 from ..common.devices import best_device
 from ..common.settings import SettingsError
 from ..common.tokenizers import tokenizer_difference
 from .randomness import tensor_generator
-from .source import TOKENIZER_FILES
 
 
 # Largest difference of logits of order one that float32 rounding explains: seen 2e-7 to 2e-6 on models of 3 layers, 64

@@ -4,8 +4,9 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from .perplexity import TextLosses, domain_loss
-from .results import Average, DomainLoss, Score
+from ..common.domain_loss import DomainLoss
+from ..common.perplexity import TextLosses, domain_loss
+from .results import Average, Score
 from .tasks import average_score
 
 

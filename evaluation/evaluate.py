@@ -15,16 +15,17 @@ from ..common.checkpoint_names import NamedCheckpoint
 from ..common.checkpoints import check_code, load_config, load_model, load_tokenizer, model_without_weights
 from ..common.devices import best_device
 from ..common.labelled_text import Block, labelled_blocks
+from ..common.perplexity import TextLosses, measure_perplexity, separates_documents
 from ..common.progress import Progress
 from ..common.provenance import installed_versions
 from ..common.settings import SettingsError
 from ..common.text import open_text
+from ..common.text_settings import MAX_BLOCK_SIZE
 from ..common.tokenizers import tokens_digest
 from .differences import average_differences, item_difference, text_difference
 from .notes import report_notes
-from .perplexity import TextLosses, measure_perplexity, separates_documents
 from .results import CheckpointResult, Differences, EvaluationReport, TaskInfo
-from .settings import AUTO, MAX_BLOCK_SIZE, EvaluationSettings
+from .settings import AUTO, EvaluationSettings
 from .tasks import ACCURACIES, averages
 
 

@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.settings import SettingsError
+from ..common.text_settings import DTYPES
 
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO = "auto"
-# Of the default block; a model with fewer positions gets its own.
-MAX_BLOCK_SIZE = 1024
 
 
 @dataclass(frozen=True)

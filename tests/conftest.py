@@ -1,6 +1,8 @@
 """Tiny models that all tests share. Their logits are of order one, so that absolute differences mean something."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 
 # Before Transformers is imported: nothing here may ask the network.
@@ -8,10 +10,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from dense_checkpoints import sample_text, write_dense
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
 from modeling_upcycled_moe import UpcycledQwenMoeConfig, UpcycledQwenMoeForCausalLM
+from upcycled_moe.conversion.recipe import ConversionRecipe
 
 
 TINY_SHAPE = {
@@ -84,3 +88,54 @@ def make_tokens():
         return torch.randint(3, TINY_SHAPE["vocab_size"], (batch, length), generator=generator)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory) -> Callable[..., Path]:
+    """`dense("qwen3", dtype=torch.bfloat16, …)`: folder of a dense checkpoint, written once for the same arguments."""
+    written: dict[tuple, Path] = {}
+
+    def folder(family: str = "qwen2", **arguments) -> Path:
+        key = (family, *sorted(arguments.items(), key=str))
+        if key not in written:
+            written[key] = write_dense(tmp_path_factory.mktemp("dense"), family, **arguments)
+        return written[key]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """A text file of some 30,000 tokens."""
+    path = tmp_path_factory.mktemp("text") / "sample.txt"
+    path.write_text(sample_text(), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def mixture_recipe(text_file) -> Callable[..., ConversionRecipe]:
+    """`mixture_recipe(num_experts=8, …)`: a recipe that calibrates on 512 tokens, in batches of 3, 3 and 2 blocks."""
+
+    def recipe(**settings) -> ConversionRecipe:
+        return ConversionRecipe(
+            **{
+                "num_experts": 4,
+                "calibration_data": [str(text_file)],
+                "calibration_tokens": 512,
+                "calibration_block_size": 64,
+                "calibration_batch_size": 3,
+                **settings,
+            }
+        )
+
+    return recipe
+
+
+@pytest.fixture(scope="session")
+def linear_recipe() -> Callable[..., ConversionRecipe]:
+    """`linear_recipe(seed=1, …)`: a recipe that needs no text."""
+
+    def recipe(**settings) -> ConversionRecipe:
+        return ConversionRecipe(**{"num_experts": 4, "router": "linear", **settings})
+
+    return recipe

@@ -9,7 +9,7 @@ import torch
 
 from modeling_upcycled_moe.selection_upcycled_moe import sum_dtype
 
-from ..layers import RoutedTokens
+from ...common.moe_layers import RoutedTokens
 from ..results import Figure, MeasureResult
 from .domain_means import numbers
 from .measure import Measure, Subject

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..layers import RoutedTokens
+from ...common.moe_layers import RoutedTokens
 from ..results import Figure, MeasureResult
 from .domain_means import DomainMeans, numbers, shares, weight_sums
 from .measure import Measure, Subject

@@ -11,7 +11,7 @@ import torch
 
 from modeling_upcycled_moe.selection_upcycled_moe import sum_dtype
 
-from ..layers import RoutedTokens
+from ...common.moe_layers import RoutedTokens
 from .measure import Subject
 
 

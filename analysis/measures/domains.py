@@ -9,7 +9,7 @@ import torch
 
 from modeling_upcycled_moe import expert_counts
 
-from ..layers import RoutedTokens
+from ...common.moe_layers import RoutedTokens
 from ..results import Figure, MeasureResult
 from .domain_means import DomainMeans, num_domains_seen, numbers, shares
 from .measure import Measure, Subject

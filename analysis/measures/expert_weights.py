@@ -11,8 +11,8 @@ import torch
 
 from modeling_upcycled_moe.selection_upcycled_moe import sum_dtype
 
+from ...common.moe_layers import MoeLayer
 from ...common.settings import SettingsError
-from ..layers import MoeLayer
 from ..parent import MATRICES, DenseParent
 from ..results import Figure, MeasureResult
 from .domain_means import numbers

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from modeling_upcycled_moe.selection_upcycled_moe import sum_dtype
 
-from ..layers import RoutedTokens
+from ...common.moe_layers import RoutedTokens
 from ..results import Figure, MeasureResult
 from .domain_means import numbers
 from .independent_counts import count_probabilities, largest_counts_bound

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..layers import MoeLayer, RoutedTokens
+from ...common.moe_layers import MoeLayer, RoutedTokens
 from ..results import Figure, MeasureResult
 
 

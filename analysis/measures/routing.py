@@ -7,8 +7,8 @@ import torch
 
 from modeling_upcycled_moe import expert_counts
 
+from ...common.moe_layers import RoutedTokens
 from ...common.routing import RouterStatistics
-from ..layers import RoutedTokens
 from ..results import Figure, MeasureResult
 from .domain_means import DomainMeans, numbers, shares
 from .measure import Measure, Subject

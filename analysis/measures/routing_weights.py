@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from ..layers import RoutedTokens
+from ...common.moe_layers import RoutedTokens
 from ..results import Figure, MeasureResult
 from .domain_means import (
     DomainMeans,

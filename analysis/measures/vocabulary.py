@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..layers import RoutedTokens
+from ...common.moe_layers import RoutedTokens
 from ..results import Figure, MeasureResult
 from .domain_means import numbers
 from .independent_counts import largest_counts_bound

@@ -143,7 +143,7 @@ def run_training(
     from transformers import AutoConfig
 
     from upcycled_moe.common.flops import training_flops_per_token
-    from upcycled_moe.conversion.convert import PROVENANCE_FILE
+    from upcycled_moe.common.provenance import PROVENANCE_FILE
     from upcycled_moe.train.arguments import build_arguments
     from upcycled_moe.train.data.blocks import blocks_per_step
     from upcycled_moe.train.train import train

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from upcycled_moe.analysis.layers import RoutedTokens
 from upcycled_moe.analysis.measures import Subject
 from upcycled_moe.analysis.saturation import FIGURES, RecordedSelections, SelectionRecorder, compare
+from upcycled_moe.common.moe_layers import RoutedTokens
 
 
 def _recorded(selected, num_experts, input_ids=None, layers=None):

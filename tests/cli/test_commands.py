@@ -473,8 +473,8 @@ def test_convert_with_verify_fails_on_a_difference(upcycled_moe, dense, tmp_path
 
     write_weights = convert_module.write_weights
 
-    def write_wrongly(plan, contents, folder: Path, progress):
-        write_weights(plan, contents, folder, progress)
+    def write_wrongly(shards, contents, folder: Path, progress, **options):
+        write_weights(shards, contents, folder, progress, **options)
         weights = load_file(folder / "model.safetensors")
         weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

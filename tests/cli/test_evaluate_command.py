@@ -66,7 +66,7 @@ def test_long_names_are_numbered(upcycled_moe, dense, text_file):
 
 
 def test_a_domain_without_bytes_has_a_dash(upcycled_moe, dense, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("upcycled_moe.evaluation.perplexity.target_bytes", lambda *_: 0)
+    monkeypatch.setattr("upcycled_moe.common.perplexity.target_bytes", lambda *_: 0)
     status, out, _ = evaluate_text(
         upcycled_moe, (f"one={dense}", f"two={dense}"), text_file, "--output", tmp_path / "out"
     )

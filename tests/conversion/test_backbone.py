@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from upcycled_moe.conversion import contents
+from upcycled_moe.common.streaming import contents
 from upcycled_moe.conversion.backbone import BACKBONES, backbone_method
 from upcycled_moe.conversion.convert import convert
 from upcycled_moe.conversion.recipe import ConversionRecipe

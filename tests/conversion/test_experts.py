@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from upcycled_moe.common.settings import SettingsError
-from upcycled_moe.conversion import contents
-from upcycled_moe.conversion.contents import Computed, FileBytes, parts_of
+from upcycled_moe.common.streaming import contents
+from upcycled_moe.common.streaming.contents import Computed, FileBytes, parts_of
+from upcycled_moe.common.streaming.stored import DTYPES
 from upcycled_moe.conversion.experts import (
     EXPERTS,
     DenseFfn,
@@ -22,7 +23,7 @@ from upcycled_moe.conversion.experts import (
 from upcycled_moe.conversion.plan import build_plan
 from upcycled_moe.conversion.randomness import tensor_generator
 from upcycled_moe.conversion.recipe import ConversionRecipe
-from upcycled_moe.conversion.source import DTYPES, open_source
+from upcycled_moe.conversion.source import open_source
 
 
 WIDTH, HIDDEN = 96, 64

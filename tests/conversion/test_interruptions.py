@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from modeling_upcycled_moe import UpcycledQwenMoeConfig
 from upcycled_moe.cli.main import main
 from upcycled_moe.common.progress import Progress
+from upcycled_moe.common.streaming import writer
 from upcycled_moe.conversion import convert as convert_module
-from upcycled_moe.conversion import writer
 from upcycled_moe.conversion.convert import convert
 from upcycled_moe.conversion.plan import build_plan
 from upcycled_moe.conversion.source import open_source
@@ -58,11 +58,11 @@ POINTS = {
     "half of the bytes": lambda num_bytes: KillAtByte(num_bytes // 2),
     "the last byte": lambda num_bytes: KillAtByte(num_bytes),
     "before the index": lambda num_bytes: kill_at_call(writer, "write_text"),
-    "before the provenance": lambda num_bytes: kill_at_call(convert_module, "write_text"),
+    "before the provenance": lambda num_bytes: kill_at_call(convert_module, "write_provenance"),
     "before the card": lambda num_bytes: kill_at_call(convert_module, "write_card"),
     "before the configuration": lambda num_bytes: kill_at_call(UpcycledQwenMoeConfig, "save_pretrained"),
     "after the configuration": lambda num_bytes: kill_at_call(UpcycledQwenMoeConfig, "save_pretrained", after=True),
-    "before the last rename": lambda num_bytes: kill_at_call(writer.os, "replace"),
+    "before the last rename": lambda num_bytes: kill_at_call(os, "replace"),
 }
 
 
@@ -109,7 +109,7 @@ def test_before_the_last_rename_all_was_there(undisturbed, tmp_path):
 
 
 def die_between_the_renames(dense, recipe, out):
-    kill_at_call(writer.os, "replace", number=2)
+    kill_at_call(os, "replace", number=2)
     convert(open_source(str(dense)), recipe, out, overwrite=True)
 
 

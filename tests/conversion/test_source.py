@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from upcycled_moe.conversion.source import SourceError, expected_shapes, open_source
+from upcycled_moe.common.streaming.stored import SourceError
+from upcycled_moe.conversion.source import expected_shapes, open_source
 
 
 @pytest.fixture

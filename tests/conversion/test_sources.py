@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from upcycled_moe.common.output_folder import OutputError
+from upcycled_moe.common.streaming.stored import SourceError, StoredTensor
 from upcycled_moe.conversion.convert import convert
+from upcycled_moe.conversion.output import check_output
 from upcycled_moe.conversion.plan import build_plan
-from upcycled_moe.conversion.source import SourceError, SourceTensor, open_source
+from upcycled_moe.conversion.source import open_source
 from upcycled_moe.conversion.sources import check_fit, open_sources, split_revision
-from upcycled_moe.conversion.writer import check_output
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def edit_json(path, change):
 )
 def test_a_model_that_computes_differently_is_refused(dense, linear_recipe, monkeypatch, fields, message):
     source, other = open_source(str(dense())), dense(seed=1, **fields)
-    monkeypatch.setattr(SourceTensor, "load", lambda tensor: pytest.fail("read a weight"))
+    monkeypatch.setattr(StoredTensor, "load", lambda tensor: pytest.fail("read a weight"))
     with pytest.raises(SourceError) as error:
         build_plan(source, linear_recipe(expert_sources=[str(other)]))
     assert f"expert_sources: {other} does not fit {source.name}: {message}" in str(error.value)

@@ -4,8 +4,8 @@ import statistics
 import pytest
 import torch
 
+from upcycled_moe.common.perplexity import TextLosses
 from upcycled_moe.evaluation.differences import average_differences, item_difference, text_difference
-from upcycled_moe.evaluation.perplexity import TextLosses
 from upcycled_moe.evaluation.results import Average, Score
 
 

@@ -6,7 +6,8 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from upcycled_moe.common.blocks import collate_blocks
-from upcycled_moe.evaluation.perplexity import (
+from upcycled_moe.common.perplexity import (
+    DomainLoss,
     block_losses,
     domain_loss,
     losses_of_documents,
@@ -14,7 +15,6 @@ from upcycled_moe.evaluation.perplexity import (
     separates_documents,
     target_bytes,
 )
-from upcycled_moe.evaluation.results import DomainLoss
 
 
 TEXTS = ("the of and to it was", "this is — that, naïve and short", "for with as have this from had 12 and it was the")

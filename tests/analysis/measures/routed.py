@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import torch
 
-from upcycled_moe.analysis.layers import RoutedTokens
 from upcycled_moe.analysis.measures import Measure, Subject
 from upcycled_moe.analysis.results import MeasureResult
+from upcycled_moe.common.moe_layers import RoutedTokens
 
 
 def subject(num_domains: int, num_experts: int, num_top: int = 2, num_layers: int = 1) -> Subject:

@@ -5,7 +5,7 @@ Dimensions: B blocks, S their length, T = B * S tokens, E experts, K slots of a 
 
 import torch
 
-from upcycled_moe.analysis.layers import RoutedTokens
+from upcycled_moe.common.moe_layers import RoutedTokens
 
 
 def routed_blocks(

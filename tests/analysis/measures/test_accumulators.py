@@ -8,9 +8,9 @@ import torch
 from moe_checkpoints import make_model
 from routed import routed, subject
 
-from upcycled_moe.analysis.layers import find_moe_layers
 from upcycled_moe.analysis.measures import MEASURES, Subject
 from upcycled_moe.analysis.measures.domain_means import DomainMeans, weight_sums
+from upcycled_moe.common.moe_layers import find_moe_layers
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -9,9 +9,9 @@ import torch
 from moe_checkpoints import make_model
 from routed_blocks import block_of, routed_blocks
 
-from upcycled_moe.analysis.layers import find_moe_layers
 from upcycled_moe.analysis.measures import Subject, expert_outputs
 from upcycled_moe.analysis.measures.expert_outputs import ExpertOutputs, spaced_positions
+from upcycled_moe.common.moe_layers import find_moe_layers
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from moe_checkpoints import make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from upcycled_moe.analysis.layers import find_moe_layers
 from upcycled_moe.analysis.measures import Subject, expert_weights
 from upcycled_moe.analysis.measures.expert_weights import ExpertWeights
 from upcycled_moe.analysis.parent import DenseParent
+from upcycled_moe.common.moe_layers import find_moe_layers
 from upcycled_moe.common.settings import SettingsError
 
 

@@ -1,10 +1,10 @@
-"""Writing a checkpoint folder: streamed, and all or nothing."""
+"""Writing the weights of a checkpoint, streamed."""
 
 import errno
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -12,50 +12,36 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..common.output_folder import OutputError, check_output_folder
+from ..files import write_text
 from .contents import Content, FileBytes
-from .plan import ConversionPlan, Shard
-from .source import DTYPES
-from .tensors import PlannedTensor
+from .planned import PlannedTensor, Shard
+from .stored import DTYPES
 
 
 BUFFER_BYTES = 1024**2
 PAGE_BYTES = 4096
-# What the files beside the weights may need: configuration, code, tokenizer, card.
-COMPANION_BYTES = 64 * 1000**2
 
 # What can be written: what a plan holds, or a tensor, or what makes the tensor when it is written.
 Writable = Content | Tensor | Callable[[], Tensor]
 Progress = Callable[[int], None]
 
 
-def check_output(plan: ConversionPlan, out: Path, overwrite: bool) -> None:
-    """Check, before anything is written, that `out` is free to use and its disk large enough.
-
-    Raises:
-        OutputError: if not.
-    """
-    target = out.resolve()
-    for source in plan.sources:
-        folder = source.folder.resolve()
-        if target == folder:
-            raise OutputError(f"{out}: is the dense model {source.name} itself; give another folder.")
-        if target.is_relative_to(folder):
-            raise OutputError(f"{out}: lies in the folder of the dense model {source.name}; give a folder outside.")
-    kept = (*(source.folder for source in plan.sources), *plan.calibration_files, Path.cwd())
-    check_output_folder(out, plan.num_bytes + COMPANION_BYTES, kept, overwrite)
-
-
 def write_weights(
-    plan: ConversionPlan, contents: Mapping[str, Writable], folder: Path, progress: Progress = lambda num_bytes: None
+    shards: Sequence[Shard],
+    contents: Mapping[str, Writable],
+    folder: Path,
+    progress: Progress = lambda num_bytes: None,
+    *,
+    num_parameters: int | None = None,
 ) -> None:
-    """Write the shards of `plan` and, last, their index.
+    """Write `shards` and, last, their index.
 
     Args:
         contents: content of the planned tensors that have none yet, by name.
         progress: called with the bytes just written.
+        num_parameters: for the index; left out there by default.
     """
-    for shard in plan.shards:
+    for shard in shards:
         path = folder / shard.file_name
         try:
             _write_shard(shard, contents, path, progress)
@@ -63,17 +49,15 @@ def write_weights(
             # Writing to a descriptor does not say which file it failed on.
             error.filename = error.filename or str(path)
             raise
-    if len(plan.shards) > 1:
+    if len(shards) > 1:
+        metadata = {"total_size": sum(shard.num_bytes for shard in shards)}
+        if num_parameters is not None:
+            metadata["total_parameters"] = num_parameters
         index = {
-            "metadata": {"total_size": plan.num_bytes, "total_parameters": plan.total_parameters},
-            "weight_map": {tensor.name: shard.file_name for shard in plan.shards for tensor in shard.tensors},
+            "metadata": metadata,
+            "weight_map": {tensor.name: shard.file_name for shard in shards for tensor in shard.tensors},
         }
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`."""
-    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _write_shard(shard: Shard, contents: Mapping[str, Writable], path: Path, progress: Progress) -> None:

@@ -5,54 +5,79 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..common.progress import Progress
-from ..common.settings import SettingsError
-from .source import COMPANION_FILES, COMPANION_FOLDERS, DenseSource
-from .writer import write_text
+from .files import write_text
+from .progress import Progress
+from .settings import SettingsError
 
 
+# Carried over untouched, if they are there.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+COMPANION_FILES = (
+    *TOKENIZER_FILES,
+    "tokenizer_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+)
+COMPANION_FOLDERS = ("additional_chat_templates",)
 TOKENIZER_SETTINGS = "tokenizer_config.json"
 
 
-def copy_companions(source: DenseSource, folder: Path) -> None:
-    """Copy into `folder` what `source` has beside its weights, byte by byte."""
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a tokenizer lies in `folder`."""
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy into `folder` what lies beside the weights in the folder `source`, byte by byte."""
     for name in COMPANION_FILES:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
     for name in COMPANION_FOLDERS:
-        if (source.folder / name).is_dir():
-            shutil.copytree(source.folder / name, folder / name)
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
 
 
-def tokenizer_class_to_declare(source: DenseSource, config: Any, progress: Progress) -> str | None:
+def tokenizer_class_to_declare(name: str, source: Path, config: Any, progress: Progress) -> str | None:
     """Return the class to declare, so that a model with `config` has the tokenizer that `source` has.
+
+    Args:
+        name: what the user called the checkpoint in the folder `source`.
+        config: of the model that the tokenizer's files will lie beside.
 
     None if nothing need be declared anew. Transformers loads the tokenizer of a Qwen2 model, and that of a Qwen3 model
     without a declared class, as Qwen2Tokenizer; that of a model type it does not know as declared. So the same files
     can cut text into other tokens beside the converted model.
     """
-    declared = _tokenizer_settings(source.folder).get("tokenizer_class")
+    declared = _tokenizer_settings(source).get("tokenizer_class")
     # That class is given to both, and most checkpoints declare it: nothing need be loaded.
-    if not source.has_tokenizer or str(declared).removesuffix("Fast") == "Qwen2Tokenizer":
+    if not has_tokenizer(source) or str(declared).removesuffix("Fast") == "Qwen2Tokenizer":
         return None
 
     # Imported here: most conversions need no tokenizer.
-    from ..common.checkpoints import load_tokenizer
+    from .checkpoints import load_tokenizer
 
     try:
-        expected = type(load_tokenizer(str(source.folder))).__name__
+        expected = type(load_tokenizer(str(source))).__name__
     except SettingsError as error:
         progress.warn(f"{error} The tokenizer's files are carried over as they are.")
         return None
     try:
-        actual = type(load_tokenizer(str(source.folder), config=config)).__name__
+        actual = type(load_tokenizer(str(source), config=config)).__name__
     except SettingsError:
         actual = None
     if actual == expected:
         return None
     progress.warn(
-        f"{source.name}: its tokenizer declares {declared or 'no class'}, and Transformers loads it as {expected}, "
-        f"but beside the converted model as declared; the result declares {expected}, so that both cut text alike."
+        f"{name}: its tokenizer declares {declared or 'no class'}, and Transformers loads it as {expected}, "
+        f"but beside the new model as declared; the result declares {expected}, so that both cut text alike."
     )
     return expected
 

@@ -12,13 +12,14 @@ from dense_checkpoints import folder_hashes
 from partial_outputs import leave_partial
 
 from upcycled_moe.common.output_folder import OutputError, staged
-from upcycled_moe.conversion import writer
-from upcycled_moe.conversion.contents import Computed, FileBytes, joined, paired, scaled
+from upcycled_moe.common.streaming import writer
+from upcycled_moe.common.streaming.contents import Computed, FileBytes, joined, paired, scaled
+from upcycled_moe.common.streaming.planned import PlannedTensor
+from upcycled_moe.common.streaming.writer import write_weights
 from upcycled_moe.conversion.convert import convert
+from upcycled_moe.conversion.output import check_output
 from upcycled_moe.conversion.plan import build_plan
 from upcycled_moe.conversion.source import open_source
-from upcycled_moe.conversion.tensors import PlannedTensor
-from upcycled_moe.conversion.writer import check_output, write_weights
 
 
 @pytest.fixture
@@ -56,13 +57,13 @@ def test_folders_of_others_beside_the_output_stay(plan, tmp_path, name):
 def test_a_computed_tensor_may_be_made_when_it_is_written(plan, contents, tmp_path):
     for name, chosen in {"made": contents, "late": {name: lambda t=t: t for name, t in contents.items()}}.items():
         (tmp_path / name).mkdir()
-        write_weights(plan, chosen, tmp_path / name)
+        write_weights(plan.shards, chosen, tmp_path / name)
     assert folder_hashes(tmp_path / "made") == folder_hashes(tmp_path / "late")
 
 
 def test_progress_counts_every_byte_once(plan, contents, tmp_path):
     advances = []
-    write_weights(plan, contents, tmp_path, advances.append)
+    write_weights(plan.shards, contents, tmp_path, advances.append)
     assert sum(advances) == plan.num_bytes
 
 
@@ -138,20 +139,20 @@ def test_a_part_of_the_wrong_size_is_noticed(plan, contents, tmp_path):
     name = next(iter(contents))
     contents[name] = (Computed((1,), torch.ones, ((1,),)),)
     with pytest.raises(AssertionError, match=r"wrote 4 of \d+ bytes"):
-        write_weights(plan, contents, tmp_path)
+        write_weights(plan.shards, contents, tmp_path)
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_space_that_cannot_be_reserved_changes_nothing(plan, contents, tmp_path, monkeypatch, number):
     for name in ("with", "without"):
         (tmp_path / name).mkdir()
-    write_weights(plan, contents, tmp_path / "with")
+    write_weights(plan.shards, contents, tmp_path / "with")
 
     def refuse(*arguments):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(writer.os, "posix_fallocate", refuse)
-    write_weights(plan, contents, tmp_path / "without")
+    write_weights(plan.shards, contents, tmp_path / "without")
     assert folder_hashes(tmp_path / "with") == folder_hashes(tmp_path / "without")
 
 
@@ -180,7 +181,7 @@ def test_a_full_device_is_an_error_that_names_the_file(plan, contents, monkeypat
 
     monkeypatch.setattr(writer, "_write_content", full_device)
     with pytest.raises(OSError, match=r"No space left on device: .*model-00001-of-\d+\.safetensors"):
-        write_weights(plan, contents, tmp_path)
+        write_weights(plan.shards, contents, tmp_path)
 
 
 def test_a_disk_that_fills_up_leaves_nothing(dense, linear_recipe, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from torch import nn
 
 from modeling_upcycled_moe.selection_upcycled_moe import routing_log_probabilities
 
-from ..common.settings import SettingsError
+from .settings import SettingsError
 
 
 _WAY_OUT = "give an upcycled model, or a mixtral, qwen2_moe, qwen3_moe or olmoe one."

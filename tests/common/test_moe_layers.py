@@ -7,8 +7,8 @@ import torch
 from moe_checkpoints import KINDS, SHAPE, make_model
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from upcycled_moe.analysis.layers import RoutedTokens, check_routing, find_moe_layers, observed
-from upcycled_moe.analysis.routing_pass import run_pass
+from upcycled_moe.common.moe_layers import RoutedTokens, check_routing, find_moe_layers, observed
+from upcycled_moe.common.routing_pass import run_pass
 from upcycled_moe.common.settings import SettingsError
 
 

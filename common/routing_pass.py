@@ -1,30 +1,34 @@
-"""One forward pass over labelled text, in which measures follow what each router does.
+"""One forward pass over labelled text, in which observers follow what each router does.
 
 Dimensions: B blocks, S their length, T = B * S tokens, H hidden size, E experts to choose from, K slots of a token, L
 MoE layers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 
-from ..common.blocks import collate_blocks
-from ..common.labelled_text import Block, batches
-from ..common.settings import SettingsError
-from .layers import MoeLayer, RoutedTokens, check_routing, observed
-from .measures.measure import Measure
-from .saturation import SelectionRecorder
+from .blocks import collate_blocks
+from .labelled_text import Block, batches
+from .moe_layers import MoeLayer, RoutedTokens, check_routing, observed
+from .settings import SettingsError
 
 
-class _Observer:
-    """Tells the measures, layer by layer, what the routers do with the current batch; keeps none of it."""
+class RoutingObserver(Protocol):
+    """Follows what the MoE layers do with each batch."""
 
-    def __init__(
-        self, layers: Sequence[MoeLayer], measures: Sequence[Measure | SelectionRecorder], device: torch.device
-    ):
+    def update(self, number: int, tokens: RoutedTokens) -> None:
+        """Add what MoE layer `number`, counted from 0, did with a batch."""
+
+
+class _Pass:
+    """Tells the observers, layer by layer, what the routers do with the current batch; keeps none of it."""
+
+    def __init__(self, layers: Sequence[MoeLayer], observers: Sequence[RoutingObserver], device: torch.device):
         self.layers = layers
-        self.measures = measures
+        self.observers = observers
         self.is_finite = torch.ones(len(layers), dtype=torch.bool, device=device)  # [L]
         self.is_checked = [False] * len(layers)
         self.domain = 0
@@ -58,8 +62,8 @@ class _Observer:
             self.check_finite()
             check_routing(self.layers[number], tokens)
             self.is_checked[number] = True
-        for measure in self.measures:
-            measure.update(number, tokens)
+        for observer in self.observers:
+            observer.update(number, tokens)
 
     def check_finite(self) -> None:
         """Raise an error if a router has seen what no figure can be computed from."""
@@ -76,11 +80,11 @@ def run_pass(
     model: PreTrainedModel,
     layers: Sequence[MoeLayer],
     domains: Mapping[str, Sequence[Block]],
-    measures: Sequence[Measure | SelectionRecorder],
+    observers: Sequence[RoutingObserver],
     batch_size: int,
     advance: Callable[[int], None] = lambda num_blocks: None,
 ) -> None:
-    """Run the blocks of all `domains` through `model` and let `measures` see what its MoE `layers` do.
+    """Run the blocks of all `domains` through `model` and let `observers` see what its MoE `layers` do.
 
     Args:
         batch_size: blocks at a time.
@@ -89,14 +93,14 @@ def run_pass(
     Raises:
         SettingsError: if a router computes what is not finite, or something else than the known ones.
     """
-    observer = _Observer(layers, measures, model.device)
-    with observed(layers, observer):
+    routed = _Pass(layers, observers, model.device)
+    with observed(layers, routed):
         for domain, blocks in enumerate(domains.values()):
             for batch in batches(blocks, batch_size):
                 inputs = collate_blocks(batch)
                 inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "position_ids")}
-                observer.begin(domain, inputs)
+                routed.begin(domain, inputs)
                 # Without the output head, whose logits are the largest tensor of all and say nothing here.
                 model.base_model(**inputs, use_cache=False)
                 advance(len(batch))
-            observer.check_finite()
+            routed.check_finite()

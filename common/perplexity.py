@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_upcycled_moe.selection_upcycled_moe import sum_dtype
 
-from ..common.blocks import IGNORED_LABEL, collate_blocks
-from ..common.labelled_text import Block, batches
-from .results import DomainLoss
+from .blocks import IGNORED_LABEL, collate_blocks
+from .domain_loss import DomainLoss
+from .labelled_text import Block, batches
 
 
 # Of a dtype's precision, times the largest logit: what sums in another order may differ by, and no more. A stricter

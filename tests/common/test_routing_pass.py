@@ -6,10 +6,10 @@ import pytest
 import torch
 from moe_checkpoints import make_model
 
-from upcycled_moe.analysis.layers import find_moe_layers
 from upcycled_moe.analysis.measures import MEASURES, Subject
-from upcycled_moe.analysis.routing_pass import run_pass
+from upcycled_moe.common.moe_layers import find_moe_layers
 from upcycled_moe.common.packing import BlockPacker
+from upcycled_moe.common.routing_pass import run_pass
 from upcycled_moe.common.settings import SettingsError
 
 

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .source import DTYPES, SourceTensor
+from .stored import DTYPES, StoredTensor
 
 
 @dataclass(frozen=True)
 class FileBytes:
     """Content that is bytes of the source: `spans` of (tensor, first byte, bytes), all of it `repeats` times."""
 
-    spans: tuple[tuple[SourceTensor, int, int], ...]
+    spans: tuple[tuple[StoredTensor, int, int], ...]
     repeats: int = 1
 
     @classmethod
-    def whole(cls, *tensors: SourceTensor, repeats: int = 1) -> "FileBytes":
+    def whole(cls, *tensors: StoredTensor, repeats: int = 1) -> "FileBytes":
         """Return all bytes of `tensors`, one after the other."""
         return cls(tuple((tensor, 0, tensor.num_bytes) for tensor in tensors), repeats)
 

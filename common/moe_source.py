@@ -1,0 +1,129 @@
+"""The upcycled checkpoint that is read: its configuration, and where each of its tensors lies."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from modeling_upcycled_moe import (
+    ROUTERS,
+    Router,
+    UpcycledQwenMoeConfig,
+    UpcycledQwenMoeForCausalLM,
+    UpcycledQwenMoeForSequenceClassification,
+)
+
+from .companions import has_tokenizer
+from .provenance import read_provenance
+from .streaming.fetch import locate
+from .streaming.stored import SourceError, StoredTensor, check_stored, read_config, read_tensors
+
+
+MODEL_CLASSES = {
+    model_class.__name__: model_class
+    for model_class in (UpcycledQwenMoeForCausalLM, UpcycledQwenMoeForSequenceClassification)
+}
+
+
+@dataclass(frozen=True)
+class MoeSource:
+    """An upcycled checkpoint on disk.
+
+    Args:
+        name: what the user called it: a folder or a Hub id.
+        folder: where its files lie.
+        revision: commit of the Hub repository, if it came from there.
+        config: its configuration, of this package's class; code beside the weights is not run.
+        tensors: every tensor by name, in the order of the files.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None
+    config: UpcycledQwenMoeConfig
+    tensors: dict[str, StoredTensor] = field(repr=False)
+
+    @cached_property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer lies beside the weights."""
+        return has_tokenizer(self.folder)
+
+    @cached_property
+    def provenance(self) -> dict[str, Any] | None:
+        """What `upcycling.json` beside the weights says, None if it is not there."""
+        return read_provenance(self.folder)
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, in order."""
+        return sorted({tensor.path for tensor in self.tensors.values()})
+
+    def router(self, layer_idx: int) -> Router:
+        """Return the router of MoE layer `layer_idx`, with weights that are read from the file when they are used."""
+        prefix = f"model.layers.{layer_idx}.mlp.gate."
+        with torch.device("meta"):
+            router = ROUTERS[self.config.router_type](self.config)
+        state = {name: self.tensors[prefix + name].load() for name in router.state_dict()}
+        router.load_state_dict(state, assign=True)
+        return router.eval()
+
+
+def open_moe(model: str, revision: str | None = None) -> MoeSource:
+    """Read configuration and tensor headers of an upcycled checkpoint; no weight is read.
+
+    Args:
+        model: local folder, or Hub id, which is downloaded first.
+        revision: branch, tag or commit of the Hub repository.
+
+    Raises:
+        SourceError: if it is not an upcycled checkpoint in safetensors, or a file is missing or truncated.
+    """
+    folder, commit = locate(model, revision)
+    config = _read_config(model, folder)
+    tensors = read_tensors(folder)
+    _check_tensors(model, config, tensors)
+    return MoeSource(name=model, folder=folder, revision=commit, config=config, tensors=tensors)
+
+
+def _read_config(model: str, folder: Path) -> UpcycledQwenMoeConfig:
+    raw = read_config(model, folder)
+    if raw.get("model_type") != UpcycledQwenMoeConfig.model_type:
+        raise SourceError(
+            f"{model}: model_type {raw.get('model_type')!r} is not that of an upcycled checkpoint "
+            f"({UpcycledQwenMoeConfig.model_type!r}); give one that `upcycled-moe convert` or train/train.py wrote."
+        )
+    if raw.get("quantization_config"):
+        raise SourceError(f"{model}: its weights are quantized; give the checkpoint that it was quantized from.")
+    try:
+        config = UpcycledQwenMoeConfig.from_dict(raw)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise SourceError(
+            f"{folder / 'config.json'}: not a valid configuration ({error.__cause__ or error})."
+        ) from error
+    architecture = (config.architectures or ["UpcycledQwenMoeForCausalLM"])[0]
+    if architecture not in MODEL_CLASSES:
+        raise SourceError(f"{model}: architecture {architecture!r} is unknown; allowed: {', '.join(MODEL_CLASSES)}.")
+    config.architectures = [architecture]
+    return config
+
+
+def _check_tensors(model: str, config: UpcycledQwenMoeConfig, tensors: dict[str, StoredTensor]) -> None:
+    with torch.device("meta"):
+        expected = MODEL_CLASSES[config.architectures[0]](config).state_dict()
+    for name, tensor in tensors.items():
+        # A tied head may be stored as well.
+        if name not in expected and not (name == "lm_head.weight" and config.tie_word_embeddings):
+            raise SourceError(f"{model}: tensor {name!r} has no place in the model that config.json describes.")
+        check_stored(model, tensor)
+    for name, parameter in expected.items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if name not in tensors:
+            raise SourceError(f"{model}: tensor {name!r} is missing; is a shard absent from the index?")
+        if tensors[name].shape != tuple(parameter.shape):
+            raise SourceError(
+                f"{model}: {name!r} has shape {tensors[name].shape}, the configuration says {tuple(parameter.shape)}."
+            )

@@ -1,0 +1,34 @@
+"""Labelled text as a checkpoint reads it."""
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from .labelled_text import Block, labelled_blocks
+from .settings import SettingsError
+from .text import open_text
+from .text_settings import TextSettings
+
+
+def read_blocks(settings: TextSettings, tokenizer: PreTrainedTokenizerBase, block_size: int) -> dict[str, list[Block]]:
+    """Return the blocks of each domain of the text that `settings` name.
+
+    Raises:
+        SettingsError: if the text cannot be read.
+    """
+    documents = open_text(
+        settings.data, settings.split, settings.text_column, settings.domain_column, whole_folders=True
+    )
+    return labelled_blocks(documents, tokenizer, block_size, settings.tokens_per_domain)
+
+
+def check_tokens(name: str, domains: dict[str, list[Block]], config: PreTrainedConfig) -> None:
+    """Check that a model with `config` knows all tokens of the blocks; errors call its checkpoint `name`.
+
+    Raises:
+        SettingsError: if not.
+    """
+    largest = max(max(block["input_ids"]) for blocks in domains.values() for block in blocks)
+    if largest >= config.vocab_size:
+        raise SettingsError(
+            f"{name}: its tokenizer gives token {largest}, the model's vocab_size is {config.vocab_size}; put the "
+            "model's own tokenizer beside it."
+        )

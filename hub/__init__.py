@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: what of a checkpoint goes there, and how."""

@@ -1,0 +1,1 @@
+"""From a Mixture-of-Experts checkpoint back to a dense one."""

@@ -1,0 +1,1 @@
+"""Fewer experts: some are dropped, or groups of them merged into one."""
