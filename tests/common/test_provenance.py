@@ -5,7 +5,13 @@ import json
 
 import pytest
 
-from upcycled_moe.common.provenance import installed_versions, recorded_parent
+from upcycled_moe.common.provenance import (
+    installed_versions,
+    read_provenance,
+    recorded_parent,
+    with_step,
+    write_provenance,
+)
 
 
 @pytest.fixture
@@ -65,3 +71,30 @@ def test_none_is_known_otherwise(parent, tmp_path, content):
 
 def test_versions_are_those_of_the_packages():
     assert {"python", "torch", "transformers", "upcycled-moe"} <= installed_versions().keys()
+
+
+def test_steps_are_added_in_their_order_and_change_nothing_before(tmp_path):
+    conversion = {"source": {"name": "org/dense"}, "recipe": {"num_experts": 8}}
+    pruned = with_step(conversion, "prune", num_experts=4)
+    merged = with_step(pruned, "merge", method="average")
+    write_provenance(tmp_path, merged)
+    found = read_provenance(tmp_path)
+    assert {name: found[name] for name in conversion} == conversion
+    assert [(step["command"], step["versions"]) for step in found["steps"]] == [
+        ("prune", installed_versions()),
+        ("merge", installed_versions()),
+    ]
+    assert found["steps"][0]["num_experts"] == 4
+    assert "steps" not in conversion
+    assert len(pruned["steps"]) == 1
+
+
+def test_a_checkpoint_without_provenance_begins_it_with_its_first_step():
+    assert with_step(None, "export", to="mixtral")["steps"][0]["to"] == "mixtral"
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_what_is_no_provenance_is_none(tmp_path, content):
+    if content is not None:
+        (tmp_path / "upcycling.json").write_text(content)
+    assert read_provenance(tmp_path) is None
