@@ -1,11 +1,20 @@
 """Where to compute, and telling a full memory from other failures."""
 
+import gc
+
 import torch
 
 
 def best_device() -> torch.device:
     """Return the accelerator if there is one, else the CPU."""
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def free_memory() -> None:
+    """Give back the memory of models that are not in use any more."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -58,12 +58,15 @@ class MoeLayer:
             return routing_log_probabilities(router_logits, self.config)
         return F.log_softmax(router_logits, dim=-1, dtype=torch.float)
 
+    def expert_output(self, expert: int, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the output [T, H] of one expert with weights for all `tokens` [T, H], by the model's own code."""
+        index = torch.full((len(tokens), 1), expert, device=tokens.device)
+        return self.experts(tokens, index, tokens.new_ones(len(tokens), 1))
+
     def expert_outputs(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield the output [T, H] of each expert with weights for all `tokens` [T, H], by the model's own code."""
-        weight = tokens.new_ones(len(tokens), 1)
+        """Yield the output [T, H] of each expert with weights for all `tokens` [T, H]."""
         for expert in range(self.num_computed_experts):
-            index = torch.full((len(tokens), 1), expert, device=tokens.device)
-            yield self.experts(tokens, index, weight)
+            yield self.expert_output(expert, tokens)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,5 @@
 """Evaluating checkpoints, one after the other: benchmark tasks, and perplexity by domain."""
 
-import gc
 import importlib.metadata
 import importlib.util
 import math
@@ -13,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..common.checkpoint_names import NamedCheckpoint
 from ..common.checkpoints import check_code, load_config, load_model, load_tokenizer, model_without_weights
-from ..common.devices import best_device
+from ..common.devices import best_device, free_memory
 from ..common.labelled_text import Block, labelled_blocks
 from ..common.perplexity import TextLosses, measure_perplexity, separates_documents
 from ..common.progress import Progress
@@ -193,7 +192,7 @@ def _evaluate_one(
         result.averages = averages({name: result.tasks[name][info.metric] for name, info in accuracies.items()})
         del asked
     del model
-    _free_memory()
+    free_memory()
     return evaluated
 
 
@@ -231,12 +230,6 @@ def _differences(one: _Evaluated, first: _Evaluated) -> Differences:
         averages=average_differences(one.result.averages, tasks),
         domains={name: difference for name, difference in texts.items() if difference is not None},
     )
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
 
 
 def _settings_as_json(settings: EvaluationSettings, block_size: int | None) -> dict[str, Any]:
