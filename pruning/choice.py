@@ -1,0 +1,109 @@
+"""Which experts of a layer are kept, and which of them take in the others.
+
+Dimensions: C experts with weights of their own, P parts of neighbouring experts of equal size.
+
+Parts are what cannot do without some of its experts: the groups that a selection takes experts from, the slices of an
+FFN, the experts of a node. Each keeps as many, and its experts are merged among themselves.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from modeling_upcycled_moe import UpcycledQwenMoeConfig
+
+from ..common.settings import SettingsError
+
+
+def num_parts(config: UpcycledQwenMoeConfig, provenance: Mapping[str, Any] | None, num_experts: int) -> int:
+    """Return P for a model with `config`, of which `num_experts` experts are kept in each layer.
+
+    Args:
+        provenance: of the checkpoint, which says whether experts are slices of an FFN.
+
+    Raises:
+        SettingsError: if it has no more experts than that, or the parts cannot keep equal numbers.
+    """
+    if num_experts >= config.num_experts:
+        raise SettingsError(
+            f"num_experts={num_experts} must be below the {config.num_experts} experts that the layers have; lower it."
+        )
+    parts = {
+        "num_expert_groups": config.num_expert_groups or 1,
+        "expert_granularity": _num_slices(provenance),
+        "expert_nodes": _num_nodes(config),
+    }
+    reasons = {
+        "num_expert_groups": "a token goes to the same number of experts in every group",
+        "expert_granularity": "the experts are slices of an FFN, and each slice needs as many copies",
+        "expert_nodes": "every node needs as many experts",
+    }
+    for name, count in parts.items():
+        if num_experts % count:
+            raise SettingsError(
+                f"num_experts={num_experts} is not a multiple of the {count} of {name}: {reasons[name]}; give a "
+                "multiple."
+            )
+    common = math.lcm(*parts.values())
+    if num_experts % common:
+        raise SettingsError(
+            f"num_experts={num_experts} is not a multiple of {common}, as {', '.join(parts)} ask for together; give a "
+            "multiple."
+        )
+    return common
+
+
+def _num_slices(provenance: Mapping[str, Any] | None) -> int:
+    recipe = (provenance or {}).get("recipe") or {}
+    return recipe["expert_granularity"] if recipe.get("experts") == "split" else 1
+
+
+def _num_nodes(config: UpcycledQwenMoeConfig) -> int:
+    if config.expert_nodes is None:
+        return 1
+    nodes = config.expert_nodes[: config.num_experts]
+    num_nodes = len(set(nodes))
+    shares = [nodes[first :: config.num_experts // num_nodes] for first in range(config.num_experts // num_nodes)]
+    # The layers keep different experts, and one list of nodes is for all.
+    if any(len(set(share)) != num_nodes or share != shares[0] for share in shares):
+        raise SettingsError(
+            f"expert_nodes={config.expert_nodes} does not give every node as many neighbouring experts, so that no "
+            "list fits the experts that all layers keep; set router_locality_loss_coef to 0 in config.json, and "
+            "expert_nodes to null."
+        )
+    return num_nodes
+
+
+def kept_experts(scores: Tensor, num_kept: int, parts: int) -> list[int]:
+    """Return the numbers, in their order, of the `num_kept` experts with the best `scores` [C].
+
+    Each of the parts keeps as many. Of equal experts the first are kept.
+    """
+    size = len(scores) // parts
+    values = scores.tolist()
+    kept = []
+    for first in range(0, len(values), size):
+        ranked = sorted(range(first, first + size), key=lambda expert: -values[expert])
+        kept += ranked[: num_kept // parts]
+    return sorted(kept)
+
+
+def merge_groups(similarity: Tensor, kept: list[int], parts: int) -> list[list[int]]:
+    """Return a group for each of the experts `kept`: itself, then those that are merged into it.
+
+    Every other expert goes to the kept one of its part that it is most similar to.
+
+    Args:
+        similarity: of each two experts [C, C].
+
+    Source: M-SMoE (arXiv 2310.01334), its grouping around the dominant experts.
+    """
+    size = len(similarity) // parts
+    groups = {expert: [expert] for expert in kept}
+    for expert in range(len(similarity)):
+        if expert not in groups:
+            near = [other for other in kept if other // size == expert // size]
+            groups[max(near, key=lambda other: similarity[expert, other].item())].append(expert)
+    return list(groups.values())
