@@ -5,8 +5,9 @@ from typing import Any
 
 from modeling_upcycled_moe import SELECTIONS
 
+from ..common.output_factors import output_factors
 from .backbone import backbone_method
-from .experts import EXPERTS, output_factors
+from .experts import EXPERTS
 from .plan import ConversionPlan
 from .recipe import ConversionRecipe
 
@@ -44,24 +45,25 @@ def num_active(plan: ConversionPlan) -> str:
     return "at most " * is_less + str(config.num_experts_per_tok)
 
 
-def limits(plan: ConversionPlan) -> list[str]:
-    """Return what a reader of the model card should know before using the fresh model, in sentences."""
-    recipe, several = plan.recipe, len(plan.sources) > 1
-    sentences = []
-    if not recipe.is_from_scratch:
-        wrong = "its parents get" if several else "its parent gets"
-        sentences.append(f"Whatever {wrong} wrong, this model gets wrong.")
+def fresh_limits(plan: ConversionPlan) -> list[str]:
+    """Return what is to be known of the fresh model only, in sentences."""
+    recipe = plan.recipe
     equal = {"copy": "Experts", "split": "Experts with the same slice"}.get(recipe.experts)
-    if equal and recipe.num_ffn_copies > recipe.num_sources:
-        of_one_parent = " from the same parent" * several
-        sentences.append(f"{equal}{of_one_parent} start equal and learn to differ only in training.")
+    if not equal or recipe.num_ffn_copies <= recipe.num_sources:
+        return []
+    of_one_parent = " from the same parent" * (len(plan.sources) > 1)
+    return [f"{equal}{of_one_parent} start equal and learn to differ only in training."]
+
+
+def lasting_limits(plan: ConversionPlan) -> list[str]:
+    """Return what is to be known of the model after training too, in sentences."""
     selection = SELECTIONS[plan.config.router_selection]
-    if selection.in_evaluation is not None:
-        sentences.append(
-            "In training, experts choose among all tokens of a batch, so that a token's experts depend on later "
-            f"tokens: not causal. Evaluation and generation use {selection.in_evaluation} and are causal."
-        )
-    return sentences
+    if selection.in_evaluation is None:
+        return []
+    return [
+        "In training, experts choose among all tokens of a batch, so that a token's experts depend on later "
+        f"tokens: not causal. Evaluation and generation use {selection.in_evaluation} and are causal."
+    ]
 
 
 def runs(rows: Mapping[int, Any]) -> list[tuple[str, Any]]:
@@ -88,7 +90,8 @@ def _describe_shared_expert(recipe: ConversionRecipe) -> str:
         "plain": "weight 1",
         "complement": "weight 1 - highest probability",
     }.get(recipe.shared_expert, recipe.shared_expert)
-    halved = [name for name, factor in zip(("routed", "shared"), output_factors(recipe), strict=True) if factor != 1]
+    factors = output_factors(recipe.experts, recipe.backbone, recipe.shared_expert)
+    halved = [name for name, factor in zip(("routed", "shared"), factors, strict=True) if factor != 1]
     # It is of the same making as all but the routed experts.
     start = {"copy": "a copy of the FFN", "average": "the mean of the FFNs", "random": "drawn at random"}
     return f"{start[backbone_method(recipe)]}, {weight}" + f", {' and '.join(halved)} outputs halved" * bool(halved)

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
+from ..common.output_factors import output_factors
 from ..common.settings import SettingsError
 from ..common.streaming.contents import Computed, Content, FileBytes, Part, joined, paired, row_blocks, scaled
 from ..common.streaming.stored import StoredTensor
@@ -229,27 +230,14 @@ def fused_experts(
     Source: Branch-Train-MiX (arXiv 2403.07816) for several models.
     """
     gate_up, down = [], []
+    routed_factor, _ = output_factors(recipe.experts, recipe.backbone, recipe.shared_expert)
     for index in range(recipe.num_experts):
         ffn = ffns[index * len(ffns) // recipe.num_experts]
         expert = NewExpert(index, f"{name}.{index}", recipe, initializer_range)
         gate_content, up_content, down_content = EXPERTS[recipe.experts].initialize(ffn, expert)
         gate_up.append(paired(gate_content, up_content))
-        down.append(scaled(down_content, output_factors(recipe)[0]))
+        down.append(scaled(down_content, routed_factor))
     return {"gate_up_proj": joined(*gate_up), "down_proj": joined(*down)}
-
-
-def output_factors(recipe: ConversionRecipe) -> tuple[float, float]:
-    """Return what the down projections of the routed and of the shared expert are multiplied with.
-
-    So that both together are one dense FFN if each is a copy of it: under a sigmoid gate of zeros the shared expert
-    weighs one half by itself, and with `complement` all weights sum to one. Halving is exact as long as the half is a
-    normal number: in float16 weights below 2^-13 may lose their last bit.
-    """
-    if "random" in (recipe.experts, recipe.backbone):
-        return 1.0, 1.0
-    return {"none": (1.0, 1.0), "sigmoid": (0.5, 1.0), "plain": (0.5, 0.5), "complement": (1.0, 1.0)}[
-        recipe.shared_expert
-    ]
 
 
 def add_noise(weight: Tensor, noise: float, generator: Generator) -> Tensor:

@@ -4,10 +4,11 @@ import torch
 
 from modeling_upcycled_moe import ROUTERS, Router, UpcycledQwenMoeConfig
 
+from ..common.output_factors import output_factors
 from ..common.streaming.contents import Computed, scaled
 from ..common.streaming.planned import PlannedTensor, file_order, layer_of
 from .backbone import BACKBONES, backbone_method
-from .experts import DenseFfn, fused_experts, output_factors
+from .experts import DenseFfn, fused_experts
 from .randomness import drawn_tensor
 from .recipe import ConversionRecipe
 from .source import DenseSource, expected_shapes
@@ -90,7 +91,7 @@ def _shared_expert(
     """Return the shared expert, which starts as the backbone's dense FFN, and its gate, which starts half open."""
     if config.shared_expert_intermediate_size == 0:
         return []
-    _, factor = output_factors(recipe)
+    _, factor = output_factors(recipe.experts, recipe.backbone, recipe.shared_expert)
     factors = {"gate_proj": 1.0, "up_proj": 1.0, "down_proj": factor}
     planned = [
         _backbone_tensor(
