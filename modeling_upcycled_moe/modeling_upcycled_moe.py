@@ -145,7 +145,7 @@ class UpcycledQwenMoeSparseMoeBlock(nn.Module):
         else:
             output = self._compute_experts(tokens, index, weights)
         if self.shared_expert is not None:
-            output = output + self._shared_weight(tokens, router_logits) * self.shared_expert(tokens)
+            output = output + self.shared_weight(tokens, router_logits) * self.shared_expert(tokens)
         return output.reshape(hidden_states.shape)
 
     def _compute_experts(self, tokens: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -202,7 +202,7 @@ class UpcycledQwenMoeSparseMoeBlock(nn.Module):
             output = output + self.constant_experts(tokens, constant_weights)
         return output
 
-    def _shared_weight(self, tokens: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor | float:
+    def shared_weight(self, tokens: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor | float:
         """Return the weight [T, 1] of the shared expert."""
         if self.config.shared_expert_gating == "plain":
             return 1.0
