@@ -13,6 +13,7 @@ import torch
 from dense_checkpoints import sample_text, write_dense
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
+from warm_python import WarmPython
 
 from modeling_upcycled_moe import UpcycledQwenMoeConfig, UpcycledQwenMoeForCausalLM
 from upcycled_moe.conversion.recipe import ConversionRecipe
@@ -41,6 +42,13 @@ def _transformers_logging():
     yield
     logging.set_verbosity(verbosity)
     (logging.enable_progress_bar if has_progress_bar else logging.disable_progress_bar)()
+
+
+@pytest.fixture(scope="session")
+def warm_python():
+    """`warm_python.run("print(1)", …)`: run a program in a process of its own that has the large imports behind it."""
+    with WarmPython(os.environ) as server:
+        yield server
 
 
 def randomize_(model: torch.nn.Module, seed: int) -> torch.nn.Module:

@@ -1,13 +1,11 @@
 """`upcycled-moe analyze`: what it prints, what it writes, and how it ends."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
+from warm_python import RUN_THE_COMMAND_LINE
 
 from upcycled_moe.analysis.results import AnalysisReport, CheckpointResult, MeasureResult
 from upcycled_moe.cli.analyze import print_analysis, summarize
@@ -105,9 +103,8 @@ def test_all_notes_are_printed_and_no_parent_that_nothing_was_compared_with(caps
     assert printed["checkpoints"]["first"]["figures"]["expert_weights.parent_divergence"] is None
 
 
-def test_a_whole_process_needs_no_leave_for_code_in_a_folder(arguments, tmp_path):
-    command = [os.path.join(os.path.dirname(sys.executable), "upcycled-moe"), *map(str, arguments())]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_a_whole_process_needs_no_leave_for_code_in_a_folder(warm_python, arguments, tmp_path):
+    result = warm_python.run(RUN_THE_COMMAND_LINE, *arguments())
     assert (result.returncode, result.stderr) == (0, "")
     assert (tmp_path / "out" / "report.json").is_file()
 
@@ -152,17 +149,14 @@ def test_a_full_memory_says_what_helps(upcycled_moe, arguments, monkeypatch, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_analysis_leaves_nothing(arguments, tmp_path):
+def test_an_interrupted_analysis_leaves_nothing(warm_python, arguments, tmp_path):
     code = (
-        "import os, signal, sys\n"
+        "import os, signal\n"
         # A job in the background may be started with the signal ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from upcycled_moe.analysis import analyze\n"
         f"analyze.run_pass = lambda *args: os.kill(os.getpid(), {int(signal.SIGINT)})\n"
-        "from upcycled_moe.cli.main import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, "-c", code, *map(str, arguments())]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = warm_python.run(code + RUN_THE_COMMAND_LINE, *arguments())
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "upcycled-moe: error: interrupted.\n")
     assert list(tmp_path.iterdir()) == []

@@ -2,8 +2,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from dense_checkpoints import folder_hashes
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from warm_python import RUN_THE_COMMAND_LINE
 
 
 @pytest.fixture
@@ -537,16 +536,11 @@ def test_impossible_numbers_of_free_experts_are_one_line(upcycled_moe, dense, te
 
 
 @pytest.mark.parametrize("command", ["plan", "verify"], ids=["long results", "short results"])
-def test_results_that_cannot_be_printed_are_an_error(dense, converted, command):
-    arguments = [command, str(dense), str(converted), *(["--router", "linear", "--json"] * (command == "plan"))]
-    code = f"import sys; from upcycled_moe.cli.main import main; sys.exit(main({arguments!r}))"
-    # Unbuffered, nothing would be left to fail at the end.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    command = [sys.executable, "-c", code]
-    with Path("/dev/full").open("wb") as full:
-        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, check=False)
+def test_results_that_cannot_be_printed_are_an_error(warm_python, dense, converted, command):
+    arguments = [command, dense, converted, *(["--router", "linear", "--json"] * (command == "plan"))]
+    result = warm_python.run(RUN_THE_COMMAND_LINE, *arguments, stdout=Path("/dev/full"))
     assert result.returncode == 1
-    assert result.stderr == b"upcycled-moe: error: No space left on device\n"
+    assert result.stderr == "upcycled-moe: error: No space left on device\n"
 
 
 def test_verify_says_what_rounding_may_hide(upcycled_moe, dense, converted):
