@@ -14,7 +14,8 @@ from ..common.output_folder import staged
 from ..common.progress import Progress
 from ..common.provenance import installed_versions, write_provenance
 from ..common.streaming.writer import BUFFER_BYTES, write_weights
-from .card import write_card
+from ..model_cards.card import write_card
+from .card import describe_result
 from .output import check_output
 from .plan import ConversionPlan, build_plan
 from .recipe import ConversionRecipe
@@ -74,9 +75,9 @@ def convert(
             declare_tokenizer_class(folder, tokenizer_class)
         provenance = _provenance(plan, reports, hashes.result(), tokenizer_class)
         write_provenance(folder, provenance)
-        write_card(folder, plan, reports)
-        # Last: without its configuration nothing loads. It brings the code of the model along.
+        # After the weights: without its configuration nothing loads. It brings the code of the model along.
         plan.config.save_pretrained(folder)
+        write_card(folder)
     return ConversionResult(out, plan, reports)
 
 
@@ -145,5 +146,6 @@ def _provenance(
         "total_parameters": plan.total_parameters,
         "active_parameters": plan.active_parameters,
         "routers": None if reports is None else [report.to_dict() for report in reports],
+        "description": describe_result(plan),
         "versions": installed_versions(),
     }

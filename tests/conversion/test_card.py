@@ -5,12 +5,14 @@ import pytest
 from huggingface_hub import ModelCard
 
 from upcycled_moe.common.numbers import format_bytes, format_count
+from upcycled_moe.conversion.card import planned_checkpoint
 from upcycled_moe.conversion.convert import convert
 from upcycled_moe.conversion.papers import PAPERS
 from upcycled_moe.conversion.plan import build_plan
 from upcycled_moe.conversion.recipe import GIVEN, ConversionRecipe
 from upcycled_moe.conversion.routers import ROUTER_INITIALIZERS
 from upcycled_moe.conversion.source import DenseSource, open_source
+from upcycled_moe.model_cards.card import render_card
 
 
 def test_the_card_has_the_reports_figures(dense, mixture_recipe, tmp_path):
@@ -72,11 +74,9 @@ def test_the_licence_is_the_parents(dense, linear_recipe, tmp_path, parent_card,
 
 
 def test_a_parent_on_the_hub_is_linked(dense, linear_recipe):
-    from upcycled_moe.conversion.card import render_card
-
     local = open_source(str(dense()))
     source = DenseSource("Qwen/Qwen2.5-0.5B", local.folder, "0123abc", local.config, local.tensors)
-    card = ModelCard(render_card(build_plan(source, linear_recipe()), None))
+    card = ModelCard(render_card(planned_checkpoint(build_plan(source, linear_recipe()))))
     assert card.data.base_model == "Qwen/Qwen2.5-0.5B"
     assert "[Qwen/Qwen2.5-0.5B](https://huggingface.co/Qwen/Qwen2.5-0.5B)" in card.text
     assert card.text.startswith("\n# Qwen2.5-0.5B-4x-MoE") or card.text.startswith("# Qwen2.5-0.5B-4x-MoE")
@@ -142,22 +142,20 @@ def test_a_parent_on_the_hub_is_linked(dense, linear_recipe):
     ],
 )
 def test_the_card_says_what_the_fresh_model_is(dense, linear_recipe, settings, text, paper):
-    from upcycled_moe.conversion.card import render_card
-
-    card = ModelCard(render_card(build_plan(open_source(str(dense())), linear_recipe(**settings)), None))
+    card = ModelCard(render_card(planned_checkpoint(build_plan(open_source(str(dense())), linear_recipe(**settings)))))
     assert text in card.text
     papers = [tag for tag in card.data.tags if tag.startswith("arxiv:")]
     assert papers == ["arxiv:2212.05055", *([f"arxiv:{paper}"] if paper else [])]
 
 
 def test_a_model_from_scratch_is_nobodys_child(dense, linear_recipe, tmp_path):
-    from upcycled_moe.conversion.card import render_card
-
     folder = shutil.copytree(dense(), tmp_path / "dense")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage:\n- en\n---\n", encoding="utf-8")
     local = open_source(str(folder))
     source = DenseSource("Qwen/Qwen2.5-0.5B", local.folder, "0123abc", local.config, local.tensors)
-    card = ModelCard(render_card(build_plan(source, linear_recipe(experts="random", backbone="random")), None))
+    card = ModelCard(
+        render_card(planned_checkpoint(build_plan(source, linear_recipe(experts="random", backbone="random"))))
+    )
     assert (card.data.base_model, card.data.license, card.data.language) == (None, None, None)
     assert "arxiv:2212.05055" not in card.data.tags
     assert "upcycling" not in card.data.tags
@@ -180,20 +178,18 @@ def test_a_model_from_scratch_is_nobodys_child(dense, linear_recipe, tmp_path):
     ],
 )
 def test_only_copies_start_equal(dense, linear_recipe, settings, sentence):
-    from upcycled_moe.conversion.card import render_card
-
-    card = render_card(build_plan(open_source(str(dense())), linear_recipe(**settings)), None)
+    card = render_card(planned_checkpoint(build_plan(open_source(str(dense())), linear_recipe(**settings))))
     assert ("start equal" in card) == (sentence is not None)
     assert sentence is None or f"\n{sentence}\n" in card
     assert "Whatever its parent gets wrong, this model gets wrong." in card
 
 
 def test_experts_of_one_parent_each_do_not_start_equal(dense, linear_recipe):
-    from upcycled_moe.conversion.card import render_card
-
     source, other = open_source(str(dense())), str(dense(seed=1))
     for num_experts in (2, 4):
-        card = render_card(build_plan(source, linear_recipe(expert_sources=[other], num_experts=num_experts)), None)
+        card = render_card(
+            planned_checkpoint(build_plan(source, linear_recipe(expert_sources=[other], num_experts=num_experts)))
+        )
         assert ("Experts from the same parent start equal" in card) == (num_experts == 4)
         assert "Whatever its parents get wrong" in card
         assert "hashes of the dense models" in card
@@ -209,15 +205,13 @@ def test_every_paper_belongs_to_a_setting_and_every_router_has_one():
 
 @pytest.mark.parametrize("licences", [("apache-2.0", "apache-2.0"), ("apache-2.0", "other"), ("apache-2.0", None)])
 def test_only_a_licence_of_all_parents_is_the_results(dense, linear_recipe, tmp_path, licences):
-    from upcycled_moe.conversion.card import render_card
-
     folders = []
     for number, licence in enumerate(licences):
         folders.append(shutil.copytree(dense(seed=number), tmp_path / str(number)))
         if licence:
             (folders[-1] / "README.md").write_text(f"---\nlicense: {licence}\n---\n", encoding="utf-8")
     plan = build_plan(open_source(str(folders[0])), linear_recipe(expert_sources=[str(folders[1])]))
-    licence = ModelCard(render_card(plan, None)).data.license
+    licence = ModelCard(render_card(planned_checkpoint(plan))).data.license
     assert licence == ("apache-2.0" if len(set(licences)) == 1 else None)
 
 

@@ -1,0 +1,139 @@
+"""The scores of a model, from the `results.json` of an evaluation: tables for its card, results for the Hub."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from ..common.settings import SettingsError
+from .choosing import own_entry
+from .names import is_hub_dataset
+
+
+EVALUATION_FILE = "results.json"
+# The sets on the Hub that the tasks of the Router Upcycling paper ask from, with their configurations.
+TASK_DATASETS: dict[str, tuple[str, str | None]] = {
+    "openbookqa": ("allenai/openbookqa", "main"),
+    "openbookqa_fact": ("allenai/openbookqa", "additional"),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge"),
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy"),
+    "hellaswag": ("Rowan/hellaswag", None),
+    "winogrande": ("allenai/winogrande", "winogrande_xl"),
+    "boolq": ("aps/super_glue", "boolq"),
+    "copa": ("aps/super_glue", "copa"),
+    "nq_open": ("google-research-datasets/nq_open", None),
+    "triviaqa": ("mandarjoshi/trivia_qa", "rc.nocontext"),
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found for this model, and for those beside it.
+
+    Args:
+        own: the entry of this model; those of `others` follow in the tables.
+        tasks: in the order of the tables.
+        notes: sentences for the reader.
+    """
+
+    own: Mapping[str, Any]
+    others: Sequence[Mapping[str, Any]]
+    tasks: Sequence[Mapping[str, Any]]
+    notes: Sequence[str]
+    settings: Mapping[str, Any]
+
+    @property
+    def checkpoints(self) -> list[Mapping[str, Any]]:
+        """The entries in the order of the columns."""
+        return [self.own, *self.others]
+
+
+def read_evaluation(path: Path, folder: Path) -> Evaluation:
+    """Return what the evaluation in `path` found for the checkpoint in `folder`.
+
+    Raises:
+        SettingsError: if the file is not that of an evaluation, or none of its checkpoints is this one.
+    """
+    content = read_report(path, ("checkpoints", "tasks", "settings"), "`upcycled-moe evaluate`")
+    own = own_entry(content["checkpoints"], folder, path)
+    others = [entry for entry in content["checkpoints"] if entry is not own]
+    return Evaluation(own, others, content["tasks"], content.get("notes", []), content["settings"])
+
+
+def read_report(path: Path, keys: Sequence[str], writer: str) -> dict[str, Any]:
+    """Return the JSON object in `path`, which has all `keys`; `writer` says what writes such a file.
+
+    Raises:
+        SettingsError: if it is not such a file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise SettingsError(f"{path}: not a JSON file ({error}).") from error
+    if not isinstance(content, dict) or not all(key in content for key in keys):
+        raise SettingsError(f"{path}: has no {', '.join(keys)}; give a file that {writer} wrote.")
+    return content
+
+
+def evaluation_results(evaluations: Sequence[Evaluation]) -> list[EvalResult]:
+    """Return the results of this model for the Hub's `model-index`."""
+    return [
+        result
+        for evaluation in evaluations
+        for result in (*_task_results(evaluation), *_perplexity_results(evaluation))
+    ]
+
+
+def _task_results(evaluation: Evaluation) -> list[EvalResult]:
+    results = []
+    for task in evaluation.tasks:
+        score = evaluation.own["tasks"].get(task["name"], {}).get(task["metric"])
+        if score is None:
+            continue
+        dataset, config = TASK_DATASETS.get(task["name"], (task["name"], None))
+        about = {
+            "task_type": "text-generation",
+            "dataset_type": dataset,
+            "dataset_config": config,
+            "dataset_name": dataset_name(task),
+            "dataset_args": {"num_items": task["num_items"], "num_available": task["num_available"]},
+        }
+        results.append(
+            EvalResult(**about, metric_type=task["metric"], metric_name=task["metric"], metric_value=score["value"])
+        )
+        if score["stderr"] is not None:
+            name = f"{task['metric']}_stderr"
+            results.append(EvalResult(**about, metric_type=name, metric_name=name, metric_value=score["stderr"]))
+    return results
+
+
+def dataset_name(task: Mapping[str, Any]) -> str:
+    """Return how a result calls the data of a task, so that a part of it does not pass for the whole."""
+    if task["num_items"] < task["num_available"]:
+        return f"{task['name']} (first {task['num_items']:,} of {task['num_available']:,} items)"
+    return f"{task['name']} (local sample)" if task["offline"] else task["name"]
+
+
+def _perplexity_results(evaluation: Evaluation) -> list[EvalResult]:
+    sources = evaluation.settings.get("perplexity_data") or []
+    hub_ids = [name.partition(":")[0] for name in sources if is_hub_dataset(name)]
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=hub_ids[0] if len(sources) == len(hub_ids) == 1 else "text",
+            dataset_name=domain,
+            dataset_split=evaluation.settings.get("split"),
+            metric_type=metric,
+            metric_name=metric,
+            metric_value=loss[metric],
+            dataset_args={"num_tokens": loss["num_tokens"]},
+        )
+        for domain, loss in evaluation.own["domains"].items()
+        for metric in ("perplexity", "bits_per_byte")
+        if loss.get(metric) is not None
+    ]

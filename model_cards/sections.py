@@ -1,0 +1,263 @@
+"""What the parts of a card say, as the template takes it."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from ..common.numbers import format_bytes, format_count, perplexity
+from .analysis import FIGURES_FOLDER
+from .checkpoint import Checkpoint
+from .evaluation import Evaluation
+from .extras import CardExtras
+from .metadata import title
+from .papers import citation, paper_url, papers_of
+from .steps import described_steps, joined, listed, num_active_experts
+
+
+def sections(checkpoint: Checkpoint, extras: CardExtras, data: ModelCardData) -> dict[str, Any]:
+    """Return the values of the template."""
+    return {
+        "title": extras.title or title(checkpoint),
+        "introduction": _introduction(checkpoint),
+        "state": _state(checkpoint),
+        "properties": _properties(checkpoint),
+        **_use(checkpoint),
+        "steps": described_steps(checkpoint) if checkpoint.steps else [],
+        "fresh_routers": _fresh_routers(checkpoint),
+        "training": _training(checkpoint),
+        "evaluations": [_evaluation(evaluation) for evaluation in extras.evaluations],
+        "analyses": [
+            {
+                "domains": listed(analysis.domains),
+                "layers": [_shown_layer(layer) for layer in analysis.layers()],
+                "pictures": [
+                    {"path": f"{FIGURES_FOLDER}/{path.name}", "shows": shows}
+                    for path, shows in analysis.pictures.items()
+                ],
+            }
+            for analysis in extras.analyses
+        ],
+        "limits": _limits(checkpoint),
+        "licence": _licence(checkpoint, extras, data),
+        "citations": [citation(number) for number in papers_of(checkpoint)],
+    }
+
+
+def _introduction(checkpoint: Checkpoint) -> str:
+    """Return what the model is, in a sentence or two."""
+    lines = [_kind(checkpoint)]
+    parents, description = checkpoint.parents, checkpoint.description
+    dense_models = "dense model" + "s" * (len(parents) > 1)
+    if not parents:
+        return lines[0].rstrip(",") + "."
+    if checkpoint.is_from_scratch:
+        lines.append(f"drawn at random in the shape of the dense model {joined(parents)}.")
+    else:
+        lines.append(f"upcycled from the {dense_models} {joined(parents)}")
+        if description.get("papers"):
+            method, paper = description["method"], description["papers"][0]
+            lines.append(f"with routers by [{method}]({paper_url(paper)}).")
+        else:
+            lines[-1] += "."
+    others = description.get("papers", [])[0 if checkpoint.is_from_scratch else 1 :]
+    if others:
+        lines[-1] += f" It builds on {', '.join(f'[{number}]({paper_url(number)})' for number in others)}."
+    return "\n".join(lines)
+
+
+def _kind(checkpoint: Checkpoint) -> str:
+    if checkpoint.num_experts is None:
+        if checkpoint.parents:
+            return "A dense language model, made by merging the experts of a Mixture-of-Experts model that was"
+        return "A dense language model"
+    num_free = sum(checkpoint.config.get(f"num_{kind}_experts") or 0 for kind in ("zero", "copy", "constant"))
+    free = f" and {num_free} without computation" if num_free else ""
+    return (
+        f"A Mixture-of-Experts model with {checkpoint.num_experts} experts a layer{free}, "
+        f"{num_active_experts(checkpoint)} of them active for each token,"
+    )
+
+
+def _state(checkpoint: Checkpoint) -> str | None:
+    """Return what a fresh model computes; None for one that has gone on from there."""
+    description = checkpoint.description
+    if not description or checkpoint.steps:
+        return None
+    level, reason = description["preserves_function"], description["preservation_reason"]
+    parents = "its parent computes" if len(checkpoint.parents) == 1 else "any of its parents computes"
+    if checkpoint.is_from_scratch:
+        return f"**Freshly made:** {reason}. It has to be trained from the start."
+    if level == "exact":
+        return "**Freshly converted:** it computes what its parent computes. Its worth comes with training."
+    how_well = "computes nearly what" if level == "approximate" else "does not compute what"
+    return f"**Freshly converted,** it {how_well} {parents}: {reason}. It has to be trained."
+
+
+def _properties(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the rows of the table."""
+    rows, weights, config = {}, checkpoint.weights, checkpoint.config
+    if weights is not None:
+        rows["Parameters"] = f"{format_count(weights.total_parameters)} in all"
+        if checkpoint.num_experts is not None:
+            rows["Parameters"] += f", {format_count(weights.active_parameters)} active for a token"
+    if checkpoint.is_as_converted:
+        rows |= checkpoint.description["lines"]
+        rows["Router"] = checkpoint.description["router"]
+    else:
+        rows["Architecture"] = checkpoint.architecture
+        rows["Layers"] = str(config["num_hidden_layers"])
+        if checkpoint.num_experts is not None:
+            rows["Experts"] = f"{checkpoint.num_experts} a layer, {num_active_experts(checkpoint)} active"
+        if config.get("shared_expert_intermediate_size"):
+            rows["Shared expert"] = f"one a layer, {config['shared_expert_intermediate_size']} wide"
+    if weights is not None:
+        rows["Weights"] = f"{', '.join(weights.dtypes)}, {format_bytes(weights.num_bytes)}"
+    return rows
+
+
+def _use(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "auto_class": "AutoModelForCausalLM" if checkpoint.is_causal_lm else "AutoModelForSequenceClassification",
+        "is_classifier": not checkpoint.is_causal_lm,
+        "has_tokenizer": checkpoint.has_tokenizer,
+        # What Transformers knows by itself runs no code that comes along.
+        "trust": ", trust_remote_code=True" if checkpoint.is_upcycled else "",
+        "server": None if checkpoint.is_upcycled or not checkpoint.is_causal_lm else "vllm serve",
+    }
+
+
+def _fresh_routers(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return the figures of fresh routers; None where there are none, or others since."""
+    layers = checkpoint.provenance.get("routers")
+    if not layers or checkpoint.steps or not checkpoint.description:
+        return None
+    num_experts = len(layers[0]["load"])
+    return {
+        "num_tokens": f"{checkpoint.description['num_calibrated_tokens']:,}",
+        "data": listed(checkpoint.description["calibration_data"]),
+        "uniform_entropy": f"{math.log(num_experts):.3f}",
+        "balanced_load": f"{1 / num_experts:.3f}",
+        "layers": layers,
+    }
+
+
+def _training(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return the figures of the last training; None where another step has made them those of another model."""
+    if not checkpoint.steps or checkpoint.steps[-1]["command"] != "train":
+        return None
+    step = checkpoint.steps[-1]
+    losses = dict(step.get("evaluation") or {})
+    rows = [
+        {"domain": domain, "loss": f"{loss:.4f}", "perplexity": f"{perplexity(loss):.4g}"}
+        for domain, loss in sorted(losses.items(), key=lambda row: row[0] == "all")
+    ]
+    routers = [
+        {
+            "layer": layer["layer"],
+            "entropy": number(layer.get("entropy"), ".3f"),
+            "largest_load": number(layer.get("max_violation"), ".2f", plus=1),
+            "dead_experts": number(layer.get("dead_experts"), ".0f"),
+        }
+        for layer in step.get("routers") or []
+    ]
+    return {
+        "loss": number(step.get("loss"), ".4f") if step.get("loss") is not None else None,
+        "settings": {
+            name: f"{value:g}" if isinstance(value, float) else str(value)
+            for name, value in (step.get("settings") or {}).items()
+        },
+        "evaluation": rows,
+        "routers": routers,
+    }
+
+
+def number(value: float | None, pattern: str, plus: float = 0) -> str:
+    """Return `value` and `plus` as a table shows it, a dash for none."""
+    return "–" if value is None else format(value + plus, pattern)
+
+
+def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    """Return a table of scores by task and one of perplexities by domain, a column for each checkpoint."""
+    checkpoints = evaluation.checkpoints
+    tasks = [
+        {
+            "name": task["name"],
+            "metric": task["metric"],
+            "items": f"{task['num_items']:,}",
+            "chance": number(task["chance"], ".3f"),
+            "scores": [_score(one["tasks"].get(task["name"], {}).get(task["metric"])) for one in checkpoints],
+        }
+        for task in evaluation.tasks
+    ]
+    averages = [
+        {"name": name, "scores": [_score((one["averages"].get(name) or {}).get("score")) for one in checkpoints]}
+        for name in evaluation.own.get("averages", {})
+    ]
+    domains = [
+        {
+            "name": domain,
+            "perplexities": [
+                number((one["domains"].get(domain) or {}).get("perplexity"), ".4g") for one in checkpoints
+            ],
+            "bits": [number((one["domains"].get(domain) or {}).get("bits_per_byte"), ".3f") for one in checkpoints],
+        }
+        for domain in evaluation.own["domains"]
+    ]
+    names = ["This model", *(one["name"] for one in evaluation.others)]
+    return {"names": names, "tasks": tasks, "averages": averages, "domains": domains, "notes": evaluation.notes}
+
+
+def _score(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return "–"
+    error = "" if score["stderr"] is None else f" ± {score['stderr']:.3f}"
+    return f"{score['value']:.3f}{error}"
+
+
+def _shown_layer(layer: Mapping[str, Any]) -> dict[str, str]:
+    patterns = {"layer": "d", "dead_experts": ".0f"}
+    return {name: number(value, patterns.get(name, ".3f")) for name, value in layer.items()}
+
+
+def _limits(checkpoint: Checkpoint) -> list[str]:
+    """Return what a reader should know before using the model, in sentences."""
+    description, limits = checkpoint.description, []
+    has_several_parents = len(checkpoint.parents) > 1
+    if checkpoint.parents and not checkpoint.is_from_scratch:
+        wrong = "its parents get" if has_several_parents else "its parent gets"
+        may = "may get wrong too" if checkpoint.is_trained else "gets wrong"
+        limits.append(f"Whatever {wrong} wrong, this model {may}.")
+    if description and not checkpoint.steps:
+        limits += description["fresh_limits"]
+    if checkpoint.is_as_converted:
+        limits += description["limits"]
+    if checkpoint.num_experts is None and checkpoint.parents:
+        limits.append("A merged FFN is an approximation of the experts, unless these were equal.")
+    if any(step["command"] == "prune" for step in checkpoint.steps):
+        limits.append("Which experts went was decided on a sample of text; other text may have needed them.")
+    if checkpoint.recipe:
+        models = "dense models" if has_several_parents else "dense model"
+        limits.append(
+            f"The recipe, revision and file hashes of the {models}, and the versions of all software are in "
+            "`upcycling.json`."
+        )
+    return limits
+
+
+def _licence(checkpoint: Checkpoint, extras: CardExtras, data: ModelCardData) -> str | None:
+    """Return whose terms the model is under; None for one that has nothing of another."""
+    name = data.get("license_name") if data.license == "other" else data.license
+    if extras.license:
+        return f"`{name or data.license}`."
+    if not checkpoint.parents or checkpoint.is_from_scratch:
+        return None
+    parents = joined(checkpoint.parents)
+    if data.license:
+        link = data.get("license_link")
+        shown = f"[`{name or data.license}`]({link})" if link else f"`{name or data.license}`"
+        return f"{shown}, as {parents}."
+    if len(checkpoint.parents) > 1:
+        return f"The terms of each of {parents} apply; their cards name no licence that they share."
+    return f"The terms of {parents} apply; which these are, its card did not say."

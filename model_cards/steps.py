@@ -1,0 +1,104 @@
+"""What was done to a checkpoint, step by step, in words."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..common.numbers import perplexity
+from .checkpoint import Checkpoint, Parent, parent_of
+
+
+def described_steps(checkpoint: Checkpoint) -> list[str]:
+    """Return a sentence in Markdown for each step that led to `checkpoint`, the conversion first."""
+    sentences = []
+    if checkpoint.recipe:
+        sentences.append(f"**convert** {_conversion(checkpoint)}")
+    for step in checkpoint.steps:
+        describe = _STEPS.get(step["command"], _other)
+        sentences.append(f"**{step['command']}** {describe(step)}")
+    return sentences
+
+
+def joined(parents: list[Parent]) -> str:
+    """Return the links of several models in Markdown."""
+    return ", ".join(parent.link for parent in parents)
+
+
+def num_active_experts(checkpoint: Checkpoint) -> str:
+    """Return how many experts a token goes to."""
+    description = checkpoint.description if checkpoint.is_upcycled else {}
+    is_less = str(description.get("num_active", "")).startswith("at most")
+    return "at most " * is_less + str(checkpoint.config["num_experts_per_tok"])
+
+
+def _conversion(checkpoint: Checkpoint) -> str:
+    recipe, description = checkpoint.recipe, checkpoint.description
+    made = "in the shape of" if checkpoint.is_from_scratch else "from"
+    text = f"{made} {joined(checkpoint.parents)}"
+    if not description:
+        return f"{text}: {recipe['num_experts']} experts a layer, {recipe['num_experts_per_tok']} active."
+    details = [f"experts {description['lines']['Experts']}", f"routers {description['router']}"]
+    if "Shared expert" in description["lines"]:
+        details.insert(1, f"shared expert {description['lines']['Shared expert']}")
+    return f"{text}: {'; '.join(details)}."
+
+
+def _train(step: Mapping[str, Any]) -> str:
+    text = f"for {plural(step['steps'], 'step')}"
+    if step.get("tokens"):
+        text += f", {step['tokens']:,} tokens"
+    if step.get("data"):
+        text += f", on {listed(step['data'])}"
+    if (loss := step.get("evaluation", {}).get("all")) is not None:
+        text += f"; validation loss {loss:.4f} at the end"
+    return f"{text}."
+
+
+def _export(step: Mapping[str, Any]) -> str:
+    return f"to {step['architecture']}, a class of Transformers' own: {step['reason'].rstrip('.')}."
+
+
+def _prune(step: Mapping[str, Any]) -> str:
+    experts = step["num_experts"]
+    done = "merged into" if step["method"] == "merge" else "reduced to"
+    text = f"from {experts['before']} experts a layer {done} {experts['after']}, by `{step['method']}`"
+    active = step.get("num_experts_per_tok", {})
+    if active and active["before"] != active["after"]:
+        text += f", with {active['after']} active instead of {active['before']}"
+    losses = [(step.get("loss") or {}).get(name) or {} for name in ("before", "after")]
+    before, after = (loss.get("mean", loss.get("all")) for loss in losses)
+    if before is not None and after is not None:
+        text += f"; perplexity {perplexity(before):.4g} before, {perplexity(after):.4g} after"
+    return f"{text}."
+
+
+def _merge(step: Mapping[str, Any]) -> str:
+    return f"back to a dense model, by `{step['method']}`: one FFN of all experts of a layer."
+
+
+def _other(step: Mapping[str, Any]) -> str:
+    """Describe a step that this version does not know, by those of its facts that fit into a line."""
+    facts = [
+        f"{name} {value}"
+        for name, value in step.items()
+        if name not in ("command", "versions", "source", "paper") and isinstance(value, str | int | float)
+    ]
+    of = f"of {parent_of(step['source']).link}" if step.get("source") else ""
+    return f"{of}{': ' * bool(of and facts)}{', '.join(facts)}." if of or facts else "(no details)."
+
+
+_STEPS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "train": _train,
+    "export": _export,
+    "prune": _prune,
+    "merge": _merge,
+}
+
+
+def plural(count: int, noun: str) -> str:
+    """Return `1 step`, `2,000 steps`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def listed(names: list[str]) -> str:
+    """Return sources of text in Markdown."""
+    return ", ".join(f"`{name}`" for name in names)

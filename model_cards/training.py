@@ -1,0 +1,84 @@
+"""What a card says of a training: facts that the run records, and how they read."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..common.settings import load_yaml
+from .names import is_hub_dataset
+
+
+STATE_FILE = "trainer_state.json"
+SETTINGS_FILE = "training_config.yaml"
+# Figures of the routers, by the part of a log's name that stands for them.
+ROUTER_FIGURES = ("entropy", "max_violation", "dead_experts")
+
+
+def training_facts(
+    state: Mapping[str, Any], settings_file: Path | None, tokens_per_step: int | None = None
+) -> dict[str, Any]:
+    """Return what later readers of a checkpoint want to know of its training, for the provenance.
+
+    Args:
+        state: of the Trainer, with `global_step` and `log_history`.
+        settings_file: those of the run; None where there are none.
+        tokens_per_step: None where the run did not tell.
+    """
+    settings = {} if settings_file is None else load_yaml(settings_file)
+    step, history = state["global_step"], state["log_history"]
+    model = settings.get("model_name_or_path")
+    return {
+        "source": None if model is None else {"name": str(model), "revision": settings.get("model_revision")},
+        "steps": step,
+        "tokens": None if tokens_per_step is None else step * tokens_per_step,
+        "data": [shown_source(name) for name in settings.get("train_data") or []],
+        "settings": {
+            name: settings[name]
+            for name in ("block_size", "learning_rate", "lr_scheduler_type", "router_aux_loss_coef")
+            if settings.get(name) is not None
+        },
+        "loss": _last(history, "lm_loss") or _last(history, "loss"),
+        "evaluation": _last_evaluation(history),
+        "routers": _last_routers(history),
+    }
+
+
+def shown_source(name: str) -> str:
+    """Return how a card calls a source of text: a dataset of the Hub by its id, a local one by its last name."""
+    if is_hub_dataset(name):
+        return name
+    return Path(name).name or Path(name).resolve().name
+
+
+def _last(history: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    return next((log[name] for log in reversed(history) if log.get(name) is not None), None)
+
+
+def _last_evaluation(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the last validation loss by domain; the one over all is called `all`."""
+    losses: dict[str, float] = {}
+    last_step = max((log["step"] for log in history if any(map(_evaluated_domain, log))), default=None)
+    for log in history:
+        if log.get("step") == last_step:
+            losses |= {domain: log[name] for name in log if (domain := _evaluated_domain(name)) is not None}
+    return losses
+
+
+def _evaluated_domain(name: str) -> str | None:
+    if not (name.startswith("eval_") and name.endswith("loss")):
+        return None
+    return name.removeprefix("eval_").removesuffix("loss").rstrip("_") or "all"
+
+
+def _last_routers(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the figures of each layer's router at the last log."""
+    prefix = "router/layer_"
+    log = next((log for log in reversed(history) if any(name.startswith(prefix) for name in log)), {})
+    layers = sorted({name.removeprefix(prefix).partition("/")[0] for name in log if name.startswith(prefix)}, key=int)
+    return [
+        {
+            "layer": int(layer),
+            **{name: log.get(f"{prefix}{layer}/{name}") for name in ROUTER_FIGURES},
+        }
+        for layer in layers
+    ]
