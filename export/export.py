@@ -14,6 +14,7 @@ from .config import declare_num_experts, native_config
 from .notes import export_notes
 from .targets import Choice, choose_target
 from .tensors import native_tensors
+from .tokenizer import write_tokenizer_pipeline
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,10 @@ def export(plan: ExportPlan, out: Path, *, overwrite: bool = False, progress: Pr
         OSError: if writing fails; nothing is left then.
     """
     check_derived(plan.derived, out, (), overwrite)
-    with written(plan.derived, out, overwrite, progress or Progress()) as folder:
-        declare_num_experts(folder, plan.source.config, plan.choice.target)
+    progress, target = progress or Progress(), plan.choice.target
+    with written(plan.derived, out, overwrite, progress) as folder:
+        declare_num_experts(folder, plan.source.config, target)
+        if not target.declares_tokenizer:
+            write_tokenizer_pipeline(plan.source, folder, progress)
         write_provenance(folder, plan.provenance())
         write_card(folder)

@@ -1,7 +1,7 @@
 """What someone should know of an export that is exact."""
 
 from ..common.moe_source import MoeSource
-from .targets import Target, nonzero_attention_biases
+from .targets import Target
 
 
 # Fields that act in training only, and which no stock architecture has; Mixtral's jitter is another one.
@@ -35,20 +35,43 @@ def export_notes(source: MoeSource, target: Target) -> tuple[str, ...]:
         notes.append("the biases of use_router_bias are all zero and left out.")
     if target.has_shared_expert:
         notes += _shared_expert_notes(source)
-    if config.base_model_type == "qwen2" and not target.attention_biases and not nonzero_attention_biases(source):
+    if config.attention_bias and not target.attention_biases:
         notes.append("the attention biases are all zero and left out.")
     if training := [f"{name}={getattr(config, name)}" for name in TRAINING_FIELDS if getattr(config, name) != 0]:
-        notes.append(f"{', '.join(training)} act in training only and are left out.")
-    return tuple(notes)
+        notes.append(f"left out is what acts in training only: {', '.join(training)}.")
+    return (*notes, *_reader_notes(source, target))
 
 
 def _shared_expert_notes(source: MoeSource) -> list[str]:
     config = source.config
     if config.shared_expert_intermediate_size == 0:
-        return ["there is no shared expert: it is 0 wide, and its gate zero."]
+        return [
+            "there is no shared expert: it is 0 wide, and its gate zero. Transformers lists its tensors as missing at "
+            "loading; they have no elements."
+        ]
     if config.shared_expert_gating == "plain":
         return [
             "shared_expert_gating='plain' becomes a gate of zeros, which is open by half, and a doubled down_proj: a "
             "factor of two is exact."
         ]
     return []
+
+
+def _reader_notes(source: MoeSource, target: Target) -> list[str]:
+    """Return where a program does not read what the configuration says.
+
+    Source: the modeling file of Qwen2-MoE in Transformers 5.17 and 5.23, and in vLLM 0.32; llama.cpp as in
+    llama-cpp-python 0.3.36.
+    """
+    config, notes = source.config, []
+    if config.norm_topk_prob != target.llama_cpp_norm_topk_prob:
+        notes.append(
+            f"llama.cpp does not read norm_topk_prob and takes it to be {target.llama_cpp_norm_topk_prob} in "
+            f"{target.name}, here it is {config.norm_topk_prob}: a GGUF of this computes something else."
+        )
+    if target.has_window_per_layer and "sliding_attention" in config.layer_types:
+        notes.append(
+            f"Transformers applies the sliding windows of {target.name} with sdpa, eager and flex attention, not with "
+            "flash attention; vLLM's own class gives every layer the window, also where some have none."
+        )
+    return notes

@@ -30,6 +30,8 @@ class Target:
         block_name: of the MoE block, as its checkpoints name it.
         expert_projections: gate, up and down projection of an expert, likewise.
         num_experts_names: keys of config.json that say how many experts there are, for older readers too.
+        llama_cpp_norm_topk_prob: what llama.cpp takes `norm_topk_prob` to be, whatever the configuration says.
+        declares_tokenizer: whether a tokenizer beside it is loaded as the class that it declares.
     """
 
     config_class: type[PreTrainedConfig]
@@ -43,6 +45,8 @@ class Target:
     block_name: str
     expert_projections: tuple[str, str, str]
     num_experts_names: tuple[str, ...]
+    llama_cpp_norm_topk_prob: bool
+    declares_tokenizer: bool = True
 
     @property
     def name(self) -> str:
@@ -71,6 +75,7 @@ TARGETS = {
             expert_projections=("gate_proj", "up_proj", "down_proj"),
             # Transformers 5 writes the second, and releases before it read the first.
             num_experts_names=("num_experts", "num_local_experts"),
+            llama_cpp_norm_topk_prob=True,
         ),
         Target(
             config_class=Qwen2MoeConfig,
@@ -84,6 +89,7 @@ TARGETS = {
             block_name="mlp",
             expert_projections=("gate_proj", "up_proj", "down_proj"),
             num_experts_names=("num_experts",),
+            llama_cpp_norm_topk_prob=False,
         ),
         Target(
             config_class=MixtralConfig,
@@ -97,6 +103,8 @@ TARGETS = {
             block_name="block_sparse_moe",
             expert_projections=("w1", "w3", "w2"),
             num_experts_names=("num_local_experts",),
+            llama_cpp_norm_topk_prob=True,
+            declares_tokenizer=False,
         ),
     )
 }

@@ -8,6 +8,7 @@ from itertools import groupby
 import torch
 
 from ..common.moe_source import MoeSource
+from ..common.settings import SettingsError
 from ..common.streaming.contents import Computed, FileBytes, row_blocks
 from ..common.streaming.planned import PlannedTensor, file_order, layer_of
 from ..common.streaming.stored import StoredTensor
@@ -96,4 +97,10 @@ def _doubled(tensor: StoredTensor, name: str) -> PlannedTensor:
 
 
 def _doubled_rows(tensor: StoredTensor, begin: int, end: int) -> torch.Tensor:
-    return tensor.load()[begin:end] * 2
+    doubled = tensor.load()[begin:end] * 2
+    if not doubled.isfinite().all():
+        raise SettingsError(
+            f"{tensor.name}: doubled, as a plain shared expert has to be, it is beyond what {tensor.dtype} holds; "
+            "save the checkpoint in BF16 or F32 first."
+        )
+    return doubled
