@@ -77,7 +77,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # the check below names them
             output_loading_info=True,
         )
-    _check_tensors(model, info)
+    _check_tensors(model, loaded, info)
     with _loading(model):
         return loaded.eval().to(device)
 
@@ -133,11 +133,13 @@ def _auto_name(config: PreTrainedConfig) -> str:
     return "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
 
 
-def _check_tensors(model: str, info: dict[str, Any]) -> None:
+def _check_tensors(model: str, loaded: PreTrainedModel, info: dict[str, Any]) -> None:
     """Check what loading tells of the tensors in the files: Transformers draws those that are missing at random."""
+    # Nothing is missing of what has no elements, such as a shared expert of width zero.
+    empty = {name for name, tensor in loaded.state_dict().items() if tensor.numel() == 0}
     problems = (
         ("has another shape in the files than the configuration says", [name for name, *_ in info["mismatched_keys"]]),
-        ("is missing from the files", info["missing_keys"]),
+        ("is missing from the files", set(info["missing_keys"]) - empty),
         ("has no place in the model", info["unexpected_keys"]),
     )
     for problem, names in problems:
