@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from dense_checkpoints import write_dense
 from safetensors.torch import load_file
+from warm_python import RUN_THE_COMMAND_LINE, WarmPython
 
 from upcycled_moe.conversion.plan import build_plan
 from upcycled_moe.conversion.recipe import ConversionRecipe
@@ -21,14 +22,16 @@ from upcycled_moe.conversion.source import open_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RECIPE = ["--router", "linear", "--num-experts", "4"]
+# As with HF_HUB_OFFLINE=1, which is read at the import.
+GO_OFFLINE = "import huggingface_hub; huggingface_hub.constants.HF_HUB_OFFLINE = True; "
 
 
 class Hub(ThreadingHTTPServer):
     """Serves the files of `folder` as the model `org/model`, whose branch `main` is at COMMIT; keeps a log."""
 
-    def __init__(self, folder):
+    def __init__(self):
         super().__init__(("127.0.0.1", 0), HubRequest)
-        self.folder, self.log = folder, []
+        self.folder, self.log = None, []
 
     def weight_requests(self):
         """Return (method, file, range, bytes sent) of the requests for weights."""
@@ -94,25 +97,43 @@ def folder(request, tmp_path_factory):
     return write_dense(tmp_path_factory.mktemp("hub") / "model", max_shard_size=max_shard_size, intermediate_size=256)
 
 
-@pytest.fixture
-def hub(folder):
-    with Hub(folder) as server:
+@pytest.fixture(scope="module")
+def server():
+    with Hub() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
 
 
 @pytest.fixture
-def run(hub, tmp_path):
-    """`run("plan", …)`: run the command line with a fresh cache and `hub` as the Hub."""
+def hub(server, folder):
+    server.folder, server.log = folder, []
+    return server
 
-    def run(*arguments, **variables):
-        proxies = {"http_proxy", "https_proxy", "all_proxy"}
-        environment = {name: value for name, value in os.environ.items() if name.lower() not in proxies}
-        environment |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"}
-        environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1", **variables}
-        command = [sys.executable, "-m", "upcycled_moe.cli.main", *map(str, arguments)]
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("hub") / "cache"
+
+
+@pytest.fixture(scope="module")
+def python(server, cache):
+    """Processes for which `server` is the Hub."""
+    proxies = {"http_proxy", "https_proxy", "all_proxy"}
+    environment = {name: value for name, value in os.environ.items() if name.lower() not in proxies}
+    environment |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    environment |= {"HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    with WarmPython(environment) as python:
+        yield python
+
+
+@pytest.fixture
+def run(hub, cache, python, tmp_path):
+    """`run("plan", …)`: run the command line with `hub` as the Hub and a cache that was empty before the test."""
+    shutil.rmtree(cache, ignore_errors=True)
+
+    def run(*arguments, is_offline=False):
+        return python.run(GO_OFFLINE * is_offline + RUN_THE_COMMAND_LINE, *arguments, cwd=tmp_path)
 
     return run
 
@@ -120,7 +141,7 @@ def run(hub, tmp_path):
 @pytest.mark.parametrize(
     ("command", "folder"), [("plan", "5GB"), ("convert", "300KB")], ids=["one file", "shards"], indirect=["folder"]
 )
-def test_a_plan_reads_only_the_headers_of_the_weights(run, hub, folder, tmp_path, command):
+def test_a_plan_reads_only_the_headers_of_the_weights(run, hub, folder, cache, tmp_path, command):
     arguments = [command, "org/model", "out", *RECIPE, "--json", *(["--dry-run"] * (command == "convert"))]
     result = run(*arguments)
     assert result.returncode == 0, result.stderr
@@ -128,7 +149,7 @@ def test_a_plan_reads_only_the_headers_of_the_weights(run, hub, folder, tmp_path
     files = sorted(folder.glob("*.safetensors"))
     fetched = sum(num_bytes for method, *_, num_bytes in hub.weight_requests() if method == "GET")
     assert 0 < fetched <= 100_001 * len(files) < sum(file.stat().st_size for file in files)
-    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert not list(cache.rglob("*.safetensors"))
     assert not (tmp_path / "out").exists()
     plan = json.loads(result.stdout)
     assert plan["source"] == {"name": "org/model", "revision": COMMIT}
@@ -149,14 +170,14 @@ def test_a_conversion_downloads_and_records_the_commit(run, hub, folder, tmp_pat
     assert (provenance["recipe"]["model"], provenance["recipe"]["revision"]) == ("org/model", COMMIT)
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     # What is in the cache is enough for a plan, also where there is no network.
-    result = run("plan", "org/model", *RECIPE, "--json", HF_HUB_OFFLINE="1")
+    result = run("plan", "org/model", *RECIPE, "--json", is_offline=True)
     assert result.returncode == 0, result.stderr
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor["name"] for tensor in json.loads(result.stdout)["tensors"]} == set(weights)
 
 
 def test_a_plan_without_cache_and_network_is_one_line(run):
-    result = run("plan", "org/model", *RECIPE, HF_HUB_OFFLINE="1")
+    result = run("plan", "org/model", *RECIPE, is_offline=True)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert "org/model: neither a local folder nor a Hub model that can be fetched" in result.stderr
 

@@ -3,8 +3,6 @@ import importlib.metadata
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -425,11 +423,10 @@ torch.save((inputs.input_ids, model(**inputs).logits.detach()), sys.argv[2])
 
 
 @torch.no_grad()
-def test_the_result_loads_where_the_package_is_not_installed(dense, mixture_recipe, tmp_path):
+def test_the_result_loads_where_the_package_is_not_installed(warm_python, dense, mixture_recipe, tmp_path):
     folder = dense("qwen3")
     convert(open_source(str(folder)), mixture_recipe(), tmp_path / "out")
-    command = [sys.executable, "-I", "-c", LOAD_WITHOUT_THE_PACKAGE, str(tmp_path / "out"), str(tmp_path / "logits")]
-    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+    warm_python.run(LOAD_WITHOUT_THE_PACKAGE, tmp_path / "out", tmp_path / "logits", cwd=tmp_path).check_returncode()
     input_ids, logits = torch.load(tmp_path / "logits")
     expected = AutoModelForCausalLM.from_pretrained(folder).eval()(input_ids).logits
     assert (logits - expected).abs().max().item() <= TOLERANCE

@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
+import shutil
 
 import pytest
 import torch
 from transformers import AutoConfig
+from warm_python import WarmPython
 
 from modeling_upcycled_moe import (
     UpcycledQwenMoeForCausalLM,
@@ -68,18 +68,28 @@ print(json.dumps(report))
 """
 
 
-def load_in_a_fresh_process(folder, out, cache) -> dict:
-    out.mkdir()
+@pytest.fixture(scope="module")
+def load_in_a_fresh_process(tmp_path_factory):
+    """`load_in_a_fresh_process(folder, out)`: what LOAD_AND_SAVE saw, with a cache that was empty before."""
+    cache = tmp_path_factory.mktemp("cache")
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))},
         "HF_HOME": str(cache),
         "HF_MODULES_CACHE": str(cache / "modules"),
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, "-I", "-c", LOAD_AND_SAVE, str(folder), str(out)]
-    process = subprocess.run(command, env=environment, cwd=out, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
+    with WarmPython(environment) as python:
+
+        def load(folder, out) -> dict:
+            shutil.rmtree(cache)
+            out.mkdir()
+            process = python.run(LOAD_AND_SAVE, folder, out, cwd=out)
+            assert process.returncode == 0, process.stderr
+            # It was this cache that the code went through.
+            assert list(cache.glob("modules/transformers_modules/*"))
+            return json.loads(process.stdout)
+
+        yield load
 
 
 def check_is_self_contained(folder):
@@ -115,7 +125,9 @@ def check_is_self_contained(folder):
         ),
     ],
 )
-def test_a_folder_loads_saves_and_loads_again_without_the_package(make_moe, tmp_path, auto_class, model_class, fields):
+def test_a_folder_loads_saves_and_loads_again_without_the_package(
+    load_in_a_fresh_process, make_moe, tmp_path, auto_class, model_class, fields
+):
     model = make_moe(model_class, **fields)
     saved = tmp_path / "saved"
     model.save_pretrained(saved)
@@ -124,7 +136,7 @@ def test_a_folder_loads_saves_and_loads_again_without_the_package(make_moe, tmp_
         outputs = model(torch.tensor([[5, 17, 99, 3, 42, 8, 120, 33]]))
     expected = outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state
 
-    first = load_in_a_fresh_process(saved, tmp_path / "first", tmp_path / "cache 1")
+    first = load_in_a_fresh_process(saved, tmp_path / "first")
     for seen in first.values():
         assert seen["module"].startswith("transformers_modules.")
     for name in AUTO_CLASSES - {"AutoConfig"}:
@@ -137,7 +149,7 @@ def test_a_folder_loads_saves_and_loads_again_without_the_package(make_moe, tmp_
     for name in AUTO_CLASSES - {"AutoConfig"}:
         check_is_self_contained(tmp_path / "first" / name)
     check_is_self_contained(tmp_path / "first" / "AutoConfig")
-    second = load_in_a_fresh_process(saved_again, tmp_path / "second", tmp_path / "cache 2")
+    second = load_in_a_fresh_process(saved_again, tmp_path / "second")
     assert second == {name: {**seen, "module": second[name]["module"]} for name, seen in first.items()}
     torch.testing.assert_close(torch.load(tmp_path / "second" / f"{auto_class}.pt"), expected, rtol=0, atol=2e-6)
 
