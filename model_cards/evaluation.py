@@ -104,11 +104,15 @@ def _task_results(evaluation: Evaluation) -> list[EvalResult]:
             "dataset_args": {"num_items": task["num_items"], "num_available": task["num_available"]},
         }
         results.append(
-            EvalResult(**about, metric_type=task["metric"], metric_name=task["metric"], metric_value=score["value"])
+            EvalResult(
+                **about, metric_type=task["metric"], metric_name=task["metric"], metric_value=_rounded(score["value"])
+            )
         )
         if score["stderr"] is not None:
             name = f"{task['metric']}_stderr"
-            results.append(EvalResult(**about, metric_type=name, metric_name=name, metric_value=score["stderr"]))
+            results.append(
+                EvalResult(**about, metric_type=name, metric_name=name, metric_value=_rounded(score["stderr"]))
+            )
     return results
 
 
@@ -130,10 +134,15 @@ def _perplexity_results(evaluation: Evaluation) -> list[EvalResult]:
             dataset_split=evaluation.settings.get("split"),
             metric_type=metric,
             metric_name=metric,
-            metric_value=loss[metric],
+            metric_value=_rounded(loss[metric]),
             dataset_args={"num_tokens": loss["num_tokens"]},
         )
         for domain, loss in evaluation.own["domains"].items()
         for metric in ("perplexity", "bits_per_byte")
         if loss.get(metric) is not None
     ]
+
+
+def _rounded(value: float) -> float:
+    """Return `value` at 6 significant digits, more than any score has."""
+    return float(f"{value:.6g}")

@@ -16,7 +16,7 @@ class CardExtras:
         license, license_name, license_link, language, datasets: for the metadata, in the place of what follows from
             the parents and the texts.
         evaluations: scores to show.
-        analyses: figures on the routing to show.
+        analysis: figures on the routing to show.
     """
 
     title: str | None = None
@@ -26,4 +26,4 @@ class CardExtras:
     language: Sequence[str] = ()
     datasets: Sequence[str] = ()
     evaluations: Sequence[Evaluation] = ()
-    analyses: Sequence[Analysis] = ()
+    analysis: Analysis | None = None

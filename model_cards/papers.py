@@ -28,6 +28,14 @@ TITLES = {
 }
 
 
+# What a step after the conversion is, by its command and method.
+STEP_PAPERS = {
+    ("prune", "reap"): "2510.13999",
+    ("prune", "easy_ep"): "2504.06792",
+    ("prune", "merge"): "2310.01334",
+}
+
+
 def paper_url(number: str) -> str:
     """Return the page of a paper on the Hub."""
     return f"https://huggingface.co/papers/{number}"
@@ -40,5 +48,8 @@ def citation(number: str) -> str:
 
 def papers_of(checkpoint: Checkpoint) -> list[str]:
     """Return the arXiv numbers of what a model is built on, each once, those of the conversion first."""
-    numbers = [*checkpoint.description.get("papers", ()), *(step.get("paper") for step in checkpoint.steps)]
-    return [number for number in dict.fromkeys(numbers) if number]
+    numbers = [*checkpoint.description.get("papers", ())]
+    for step in checkpoint.steps:
+        if (key := (step["command"], step.get("method"))) in STEP_PAPERS:
+            numbers.append(STEP_PAPERS[key])
+    return list(dict.fromkeys(numbers))

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ..common.numbers import format_bytes, format_count, perplexity
-from .analysis import FIGURES_FOLDER
+from .analysis import FIGURES_FOLDER, Analysis
 from .checkpoint import Checkpoint
 from .evaluation import Evaluation
 from .extras import CardExtras
@@ -28,17 +28,7 @@ def sections(checkpoint: Checkpoint, extras: CardExtras, data: ModelCardData) ->
         "fresh_routers": _fresh_routers(checkpoint),
         "training": _training(checkpoint),
         "evaluations": [_evaluation(evaluation) for evaluation in extras.evaluations],
-        "analyses": [
-            {
-                "domains": listed(analysis.domains),
-                "layers": [_shown_layer(layer) for layer in analysis.layers()],
-                "pictures": [
-                    {"path": f"{FIGURES_FOLDER}/{path.name}", "shows": shows}
-                    for path, shows in analysis.pictures.items()
-                ],
-            }
-            for analysis in extras.analyses
-        ],
+        "analysis": _analysis(extras.analysis),
         "limits": _limits(checkpoint),
         "licence": _licence(checkpoint, extras, data),
         "citations": [citation(number) for number in papers_of(checkpoint)],
@@ -214,6 +204,18 @@ def _score(score: Mapping[str, Any] | None) -> str:
         return "–"
     error = "" if score["stderr"] is None else f" ± {score['stderr']:.3f}"
     return f"{score['value']:.3f}{error}"
+
+
+def _analysis(analysis: Analysis | None) -> dict[str, Any] | None:
+    if analysis is None:
+        return None
+    return {
+        "domains": listed(analysis.domains),
+        "layers": [_shown_layer(layer) for layer in analysis.layers()],
+        "pictures": [
+            {"path": f"{FIGURES_FOLDER}/{path.name}", "shows": shows} for path, shows in analysis.pictures.items()
+        ],
+    }
 
 
 def _shown_layer(layer: Mapping[str, Any]) -> dict[str, str]:

@@ -78,9 +78,7 @@ def _merge(step: Mapping[str, Any]) -> str:
 def _other(step: Mapping[str, Any]) -> str:
     """Describe a step that this version does not know, by those of its facts that fit into a line."""
     facts = [
-        f"{name} {value}"
-        for name, value in step.items()
-        if name not in ("command", "versions", "source", "paper") and isinstance(value, str | int | float)
+        f"{name} {value}" for name, value in step.items() if name != "command" and isinstance(value, str | int | float)
     ]
     of = f"of {parent_of(step['source']).link}" if step.get("source") else ""
     return f"{of}{': ' * bool(of and facts)}{', '.join(facts)}." if of or facts else "(no details)."
