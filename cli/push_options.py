@@ -1,0 +1,90 @@
+"""`--push-to-hub`: a command's result goes to the Hugging Face Hub too."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from ..common.progress import Progress
+    from ..hub.push import Destination, PushResult
+
+PUBLIC_HELP = "let everyone see a repository that is made; without it none is, and a public one is refused"
+
+
+def add_push_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--push-to-hub` and what goes with it."""
+    parser.add_argument(
+        "--push-to-hub", metavar="REPO_ID", help="then upload OUT to the Hub, as `push` does: org/name"
+    )
+    parser.add_argument("--public", action="store_true", help=f"with --push-to-hub: {PUBLIC_HELP}")
+
+
+def checked_destination(options: argparse.Namespace) -> "Destination | None":
+    """Return where the result is to go, None if nowhere, having asked the Hub unless it is a dry run.
+
+    Raises:
+        SettingsError: if it cannot go there.
+        PushError: if the Hub does not answer.
+    """
+    from ..common.settings import SettingsError
+
+    if options.push_to_hub is None:
+        if options.public:
+            raise SettingsError("--public says who sees what --push-to-hub uploads; give both, or leave it out.")
+        return None
+
+    from ..hub.push import Destination, check_destination
+
+    destination = Destination(options.push_to_hub, private=not options.public)
+    if not options.dry_run:
+        check_destination(destination)
+    return destination
+
+
+def push_result(folder: Path, destination: "Destination", progress: "Progress") -> "PushResult":
+    """Push the result in `folder`, which stays there if that fails."""
+    from ..hub.push import push_written
+
+    return pushing(folder, destination, lambda: push_written(folder, destination, progress))
+
+
+def pushing(folder: Path, destination: "Destination", push: Callable[[], "PushResult"]) -> "PushResult":
+    """Return what `push` does; interrupted, it says how to go on."""
+    with _bars_on_terminals_only():
+        try:
+            return push()
+        except KeyboardInterrupt:
+            command = destination.command(folder)
+            print(f"upcycled-moe: what has arrived need not be sent again: `{command}` goes on.", file=sys.stderr)
+            raise
+
+
+def print_push(result: "PushResult") -> None:
+    """Print what is on the Hub now."""
+    for path in result.removed:
+        print(f"Removed there: {path}, weights of an earlier model.")
+    print(f"Pushed to {result.url} ({result.to_dict()['visibility']}), commit {result.commit[:8]}.")
+
+
+def with_push(output: dict[str, Any], result: "PushResult | None") -> dict[str, Any]:
+    """Return the JSON `output` of a command with what it pushed, if anything."""
+    return output if result is None else {**output, "push": result.to_dict()}
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Keep the Hub's bars of uploads, which nothing else tells of, but off files and pipes."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
