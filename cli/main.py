@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
-from . import analyze, convert, evaluate, export, plan, verify
+from . import analyze, convert, evaluate, merge, export, merge, plan, verify
 
 
-COMMANDS = (plan, convert, verify, analyze, evaluate, export)
+COMMANDS = (plan, convert, verify, analyze, evaluate, merge, export)
 
 EPILOG = """\
 examples:
@@ -25,6 +25,7 @@ examples:
   upcycled-moe verify Qwen/Qwen2.5-0.5B ./moe
   upcycled-moe evaluate Qwen/Qwen2.5-0.5B ./moe --limit 100
   upcycled-moe analyze ./moe ./vanilla --data text/ --output report
+  upcycled-moe merge ./moe ./dense --method usage --data text/
   upcycled-moe export ./moe ./native --to auto
   upcycled-moe plan ./moe --train run.yaml max_steps=1000 --accelerate fsdp2.yaml --gpu h100
 """

@@ -1,0 +1,150 @@
+"""`upcycled-moe merge`: an upcycled checkpoint becomes a dense one again."""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..common.settings import SettingsError
+from ..merging.settings import METHODS, MergeSettings
+from .export import MAX_SHARD_SIZE
+from .text_options import DEFAULTS, PASS_MEMORY_ADVICE, add_pass_options, add_text_options, text_settings
+
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..merging.coefficients import MergeCoefficients
+    from ..merging.merge import MergePlan
+
+MEMORY_ADVICE = PASS_MEMORY_ADVICE
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the command to `commands`."""
+    parser = commands.add_parser(
+        "merge",
+        usage="%(prog)s CKPT OUT [options]",
+        help="merge experts back into a dense checkpoint",
+        description="Merge the experts of each layer of an upcycled checkpoint into one FFN, and write a dense Qwen "
+        "checkpoint, which needs no code of its own. Experts that are still copies give the dense model back, to the "
+        "bit; others an approximation.",
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", help="upcycled checkpoint: folder or Hub id")
+    parser.add_argument("out", metavar="OUT", help="folder to write; it appears only when all is written")
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default=MergeSettings.method,
+        help="average: all experts alike; usage: by the routing weights that they get on the text of --data; "
+        "coefficients: those in a file; shared: the shared expert alone (default: %(default)s)",
+    )
+    parser.add_argument("--coefficients", metavar="FILE", type=Path, help="JSON file, for --method coefficients")
+    parser.add_argument(
+        "--save-coefficients",
+        metavar="FILE",
+        type=Path,
+        help="write what was used, as --coefficients takes it; with --overwrite over a file that is there",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of CKPT on the Hub")
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", default=MAX_SHARD_SIZE, help="of a weight file (default: %(default)s)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written and write nothing")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    text = parser.add_argument_group("text, for --method usage")
+    add_text_options(text, required=False)
+    add_pass_options(text)
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command."""
+    settings = _settings(options)
+
+    from ..common.moe_source import open_moe
+    from ..common.settings import parse_size
+    from ..merging.merge import merge, plan_merge
+    from .console import ConsoleProgress, quiet_libraries
+
+    max_shard_bytes, out = parse_size("max_shard_size", options.max_shard_size), Path(options.out)
+    _check_saved(options, out)
+    quiet_libraries()
+    progress = ConsoleProgress()
+    source = open_moe(options.checkpoint, options.revision)
+    plan = plan_merge(source, settings, out, max_shard_bytes, overwrite=options.overwrite, progress=progress)
+    if not options.dry_run:
+        merge(plan, out, save_coefficients=options.save_coefficients, overwrite=options.overwrite, progress=progress)
+    if options.json:
+        print(json.dumps(plan.to_dict(), indent=2))
+    else:
+        print_plan(plan, out, options.dry_run)
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> MergeSettings:
+    text = text_settings(options)
+    changed = [name for name, default in DEFAULTS.items() if name != "data" and getattr(text, name) != default]
+    if changed and not text.data:
+        raise SettingsError(f"--{changed[0].replace('_', '-')} has no meaning without --data; give both or none.")
+    return MergeSettings(options.method, options.coefficients, text if text.data else None)
+
+
+def _check_saved(options: argparse.Namespace, out: Path) -> None:
+    """Check that the coefficients can be saved where they shall be."""
+    path = options.save_coefficients
+    if path is None:
+        return
+    if options.dry_run:
+        raise SettingsError("--dry-run writes nothing; leave --save-coefficients out, or give --json to see them.")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise SettingsError(f"{path}: cannot be a file; give --save-coefficients a path in a folder that exists.")
+    if path.resolve().is_relative_to(out.resolve()):
+        raise SettingsError(f"{path}: lies in {out}, which is written anew; give --save-coefficients another place.")
+    if path.exists() and not options.overwrite:
+        raise SettingsError(f"{path}: exists; give another file, or --overwrite to replace it.")
+
+
+def print_plan(plan: "MergePlan", out: Path, dry_run: bool) -> None:
+    """Print what was written to `out`, or would be."""
+    from ..common.numbers import format_bytes, format_count
+    from .console import stdout_console
+
+    table = _table(plan)
+    console = stdout_console(table)
+    console.print(table)
+    if plan.num_tokens is not None:
+        console.print(f"Measured on {sum(plan.num_tokens.values()):,} tokens of {', '.join(plan.num_tokens)}.")
+    console.print(
+        f"{'Would write' if dry_run else 'Wrote'} {out} ({plan.derived.config.architectures[0]}): "
+        f"{format_bytes(plan.derived.num_bytes)}, {format_count(plan.derived.total_parameters)} parameters.",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def _table(plan: "MergePlan") -> "Table":
+    """Return a table of the coefficients: a row a layer, or a row a matrix in layers where they differ."""
+    from .console import results_table
+
+    shared = plan.coefficients.shared
+    num_experts = plan.derived.source.config.num_experts
+    columns = ["Least", "Most", f"Entropy (at most {math.log(num_experts):.3f})"] + ["Shared expert"] * bool(shared)
+    table = results_table(f"Coefficients: {plan.settings.method}", "Layer", *columns, numbers=columns)
+    for layer_idx, name, values in _rows(plan.coefficients):
+        entropy = -math.fsum(value * math.log(value) for value in values if value > 0)
+        figures = [min(values), max(values), entropy] + ([shared[layer_idx]] if shared else [])
+        table.add_row(name, *(f"{figure:.3f}" for figure in figures))
+    return table
+
+
+def _rows(coefficients: "MergeCoefficients") -> Iterator[tuple[int, str, tuple[float, ...]]]:
+    """Yield the layer, what to call the row, and its coefficients."""
+    for layer_idx, matrices in coefficients.layers.items():
+        if len(set(matrices.values())) == 1:
+            yield layer_idx, str(layer_idx), next(iter(matrices.values()))
+        else:
+            yield from ((layer_idx, f"{layer_idx} {matrix}", values) for matrix, values in matrices.items())

@@ -1,0 +1,192 @@
+"""The merge: a Mixture-of-Experts checkpoint goes in, a dense one comes out."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..common.derived_checkpoint import DerivedCheckpoint, check_derived, written
+from ..common.files import replacing
+from ..common.moe_source import MoeSource
+from ..common.progress import Progress
+from ..common.provenance import with_step, write_provenance
+from ..common.settings import SettingsError
+from ..common.streaming.planned import into_shards
+from ..common.text_files import find_files
+from ..model_cards.card import write_card
+from .coefficients import MergeCoefficients, load_coefficients
+from .config import dense_config
+from .layout import ExpertLayout, expert_layout
+from .settings import MergeSettings
+from .tensors import dense_tensors
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merge will write.
+
+    Args:
+        settings: what was asked for.
+        coefficients: of every layer.
+        num_tokens: of the text that they were measured on, by domain; None without.
+        derived: the dense checkpoint.
+    """
+
+    settings: MergeSettings
+    coefficients: MergeCoefficients
+    num_tokens: dict[str, int] | None
+    derived: DerivedCheckpoint
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan for `--json`."""
+        derived = self.derived
+        return {
+            "source": self._source(),
+            **self._settled(),
+            "architecture": derived.config.architectures[0],
+            "total_parameters": derived.total_parameters,
+            "num_bytes": derived.num_bytes,
+            "shards": [{"file": shard.file_name, "num_bytes": shard.num_bytes} for shard in derived.shards],
+        }
+
+    def provenance(self) -> dict[str, Any]:
+        """Return that of the source with this merge as the last step."""
+        return with_step(self.derived.source.provenance, "merge", source=self._source(), **self._settled())
+
+    def _source(self) -> dict[str, Any]:
+        return {"name": self.derived.source.name, "revision": self.derived.source.revision}
+
+    def _settled(self) -> dict[str, Any]:
+        settled: dict[str, Any] = {"method": self.settings.method, "coefficients": self.coefficients.to_dict()}
+        if self.settings.text is not None:
+            settled["text"] = {**asdict(self.settings.text), "data": list(self.settings.text.data)}
+            settled["num_tokens"] = self.num_tokens
+        return settled
+
+
+def plan_merge(
+    source: MoeSource,
+    settings: MergeSettings,
+    out: Path,
+    max_shard_bytes: int,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> MergePlan:
+    """Return the plan for merging `source` into `out`; only for `usage` are weights read, when all else is checked.
+
+    Args:
+        overwrite: whether a checkpoint in `out` may be replaced.
+
+    Raises:
+        SettingsError: if the experts, settings, coefficients, text or output do not fit.
+    """
+    progress = progress or Progress()
+    layout = expert_layout(source)
+    if settings.method == "shared" and not layout.has_shared_expert:
+        raise SettingsError(f"{source.name}: has no shared expert; choose another method.")
+
+    def derived(coefficients: MergeCoefficients) -> DerivedCheckpoint:
+        tensors = dense_tensors(source, layout, coefficients)
+        return DerivedCheckpoint(
+            source, dense_config(source.config, layout.width), into_shards(tensors, max_shard_bytes)
+        )
+
+    # Whatever the coefficients, the result is of one size.
+    check_derived(derived(average_coefficients(layout)), out, _read_files(settings), overwrite)
+    _warn(source, progress)
+    coefficients, num_tokens = _coefficients(source, layout, settings, progress)
+    return MergePlan(settings, coefficients, num_tokens, derived(coefficients))
+
+
+def merge(
+    plan: MergePlan,
+    out: Path,
+    *,
+    save_coefficients: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write what `plan` says to the folder `out`, all or nothing; the same source and coefficients, the same bytes.
+
+    Args:
+        save_coefficients: file to write the coefficients to as well; it replaces one that is there.
+
+    Raises:
+        SettingsError: if `out` may not be replaced, or weights are not finite; nothing is left then.
+        OSError: if writing fails; nothing is left then.
+    """
+    with ExitStack() as stack:
+        if save_coefficients is not None:
+            plan.coefficients.save(stack.enter_context(replacing(save_coefficients)))
+        folder = stack.enter_context(written(plan.derived, out, overwrite, progress or Progress()))
+        write_provenance(folder, plan.provenance())
+        write_card(folder)
+
+
+def average_coefficients(layout: ExpertLayout) -> MergeCoefficients:
+    """Return coefficients for which all FFNs count alike, the shared expert as one of them."""
+    routed = dict.fromkeys(layout.moe_layers, (1 / layout.num_experts,) * layout.num_experts)
+    shared = dict.fromkeys(layout.moe_layers, 1 / (layout.num_copies + 1))
+    return MergeCoefficients.alike(routed, shared if layout.has_shared_expert else None)
+
+
+def shared_coefficients(layout: ExpertLayout) -> MergeCoefficients:
+    """Return coefficients for which only the shared expert counts."""
+    average = average_coefficients(layout)
+    return MergeCoefficients(average.layers, dict.fromkeys(layout.moe_layers, 1.0))
+
+
+def _coefficients(
+    source: MoeSource, layout: ExpertLayout, settings: MergeSettings, progress: Progress
+) -> tuple[MergeCoefficients, dict[str, int] | None]:
+    if settings.method == "usage":
+        # Imported here: what it needs to read text takes a second, and the other methods read none.
+        from .usage import measure_coefficients
+
+        return measure_coefficients(source, layout, settings.text, progress)
+    if settings.method == "coefficients":
+        path = settings.coefficients
+        loaded = load_coefficients(path, layout.moe_layers, layout.num_experts, layout.has_shared_expert)
+        _check_slices(path, layout, loaded)
+        return loaded, None
+    return (average_coefficients if settings.method == "average" else shared_coefficients)(layout), None
+
+
+def _check_slices(path: Path, layout: ExpertLayout, coefficients: MergeCoefficients) -> None:
+    """Check that every slice of the FFN has an expert that counts."""
+    for layer_idx, matrices in coefficients.layers.items():
+        for matrix, values in matrices.items():
+            for number in range(layout.num_slices):
+                experts = layout.slice_of(number)
+                if not any(values[expert] for expert in experts):
+                    raise SettingsError(
+                        f"{path}: layer {layer_idx}, {matrix}: experts {experts[0]} to {experts[-1]} are all "
+                        "copies of one slice of the FFN, and all zero; let one count."
+                    )
+
+
+def _warn(source: MoeSource, progress: Progress) -> None:
+    num_free = source.config.num_routed_experts - source.config.num_experts
+    if num_free:
+        progress.warn(
+            f"{source.name}: its {num_free} experts without computation have no place in a dense FFN and are left out."
+        )
+    recipe = (source.provenance or {}).get("recipe") or {}
+    if recipe.get("experts") == "random":
+        progress.warn(
+            f"{source.name}: its experts started at random, so their neurons do not correspond and their average "
+            "means little; `shared` or one expert alone (coefficients) keeps what was learned."
+        )
+
+
+def _read_files(settings: MergeSettings) -> Iterator[Path]:
+    """Yield the files that a merge reads beside the checkpoint."""
+    if settings.coefficients is not None:
+        yield settings.coefficients
+    for source in settings.text.data if settings.text else ():
+        yield Path(source)
+        # Reading it says what is wrong with a source, in its turn.
+        with suppress(SettingsError):
+            yield from find_files(source, settings.text.split, whole_folders=True)
