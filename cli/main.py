@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
-from . import analyze, convert, evaluate, merge, export, merge, plan, verify
+from . import analyze, card, convert, evaluate, export, merge, plan, prune, push, verify
 
 
-COMMANDS = (plan, convert, verify, analyze, evaluate, merge, export)
+COMMANDS = (plan, convert, verify, analyze, evaluate, merge, export, prune, card, push)
 
 EPILOG = """\
 examples:
@@ -27,6 +27,9 @@ examples:
   upcycled-moe analyze ./moe ./vanilla --data text/ --output report
   upcycled-moe merge ./moe ./dense --method usage --data text/
   upcycled-moe export ./moe ./native --to auto
+  upcycled-moe prune ./moe ./pruned --num-experts 4 --method reap --data text/
+  upcycled-moe card ./moe --evaluation scores/results.json --analysis report/report.json
+  upcycled-moe push ./moe org/name --dry-run
   upcycled-moe plan ./moe --train run.yaml max_steps=1000 --accelerate fsdp2.yaml --gpu h100
 """
 
