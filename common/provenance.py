@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import write_text
+from .files import replacing, write_text
 
 
 # What a conversion writes beside the weights, and training carries on.
@@ -44,8 +44,18 @@ def with_step(provenance: dict[str, Any] | None, command: str, **facts: Any) -> 
 
 
 def write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
-    """Write `provenance` into `folder`."""
-    write_text(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
+    """Write `provenance` into `folder`, which is being made."""
+    write_text(folder / PROVENANCE_FILE, _formatted(provenance))
+
+
+def replace_provenance(folder: Path, provenance: dict[str, Any]) -> None:
+    """Write `provenance` into a `folder` that stands, whole or not at all."""
+    with replacing(folder / PROVENANCE_FILE) as partial:
+        write_text(partial, _formatted(provenance))
+
+
+def _formatted(provenance: dict[str, Any]) -> str:
+    return json.dumps(provenance, indent=2) + "\n"
 
 
 @dataclass(frozen=True)

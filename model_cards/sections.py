@@ -139,6 +139,8 @@ def _training(checkpoint: Checkpoint) -> dict[str, Any] | None:
         return None
     step = checkpoint.steps[-1]
     losses = dict(step.get("evaluation") or {})
+    if len(losses) == 2:
+        losses.pop("all", None)  # it says the same again
     rows = [
         {"domain": domain, "loss": f"{loss:.4f}", "perplexity": f"{perplexity(loss):.4g}"}
         for domain, loss in sorted(losses.items(), key=lambda row: row[0] == "all")

@@ -15,20 +15,23 @@ ROUTER_FIGURES = ("entropy", "max_violation", "dead_experts")
 
 
 def training_facts(
-    state: Mapping[str, Any], settings_file: Path | None, tokens_per_step: int | None = None
+    state: Mapping[str, Any],
+    settings_file: Path | None,
+    source: Mapping[str, Any] | None = None,
+    tokens_per_step: int | None = None,
 ) -> dict[str, Any]:
     """Return what later readers of a checkpoint want to know of its training, for the provenance.
 
     Args:
         state: of the Trainer, with `global_step` and `log_history`.
         settings_file: those of the run; None where there are none.
+        source: name and revision of the checkpoint that it began with; None where that is not known for sure.
         tokens_per_step: None where the run did not tell.
     """
     settings = {} if settings_file is None else load_yaml(settings_file)
     step, history = state["global_step"], state["log_history"]
-    model = settings.get("model_name_or_path")
     return {
-        "source": None if model is None else {"name": str(model), "revision": settings.get("model_revision")},
+        "source": None if source is None else dict(source),
         "steps": step,
         "tokens": None if tokens_per_step is None else step * tokens_per_step,
         "data": [shown_source(name) for name in settings.get("train_data") or []],

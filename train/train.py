@@ -73,6 +73,7 @@ def train(arguments: Arguments) -> None:
     from upcycled_moe.train.model import carry_files, load_model, load_tokenizer, risks_of
     from upcycled_moe.train.monitoring.callbacks import shorten_console_log
     from upcycled_moe.train.monitoring.summary import summary
+    from upcycled_moe.train.saving.card import card_callback
     from upcycled_moe.train.saving.checkpoints import checkpoint_to_resume
     from upcycled_moe.train.saving.run_config import write_config
     from upcycled_moe.train.trainer import UpcyclingTrainer
@@ -112,6 +113,7 @@ def train(arguments: Arguments) -> None:
         _announce(arguments, checkpoint)
         write_config(arguments, trainer)
         carry_files(model_args, training_args.output_dir)
+        trainer.add_callback(card_callback(arguments))
         for risk in risks_of(trainer.model.config):
             print(f"train.py: warning: {risk}", file=sys.stderr)
 

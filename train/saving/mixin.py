@@ -45,7 +45,7 @@ class SavingMixin:
     Everything is written into a folder of its own, brought to the disk, and then moved to its name; older checkpoints
     are removed after that, but none of a later step, and none while steps are left out: the weights may be ruined, and
     older ones what is needed. A run that ends so fails. Callbacks with a method `on_checkpoint(args, state, folder)`
-    add what they keep.
+    add what they keep; those with `on_model(args, state, folder)` add to a whole model that was saved.
     """
 
     def __init__(self, model=None, *args, **kwargs):
@@ -212,9 +212,16 @@ class SavingMixin:
             if self.args.should_save:
                 self.state.save_to_json(staged / TRAINER_STATE_NAME)
                 publish_model(final)
+        if self.args.should_save:
+            for callback in self.callback_handler.callbacks:
+                if hasattr(callback, "on_model"):
+                    callback.on_model(self.args, self.state, final)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Leave the card as [`CardCallback`] writes it; the Trainer's own would say less."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         config = getattr(self.model, "config", None)
