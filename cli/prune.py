@@ -128,8 +128,8 @@ def _losses_table(result: "PruneResult") -> "Table":
     from .console import results_table
 
     before, after = result.before, result.after
-    columns = ("Tokens", "Loss before", "after", "Perplexity before", "after")
-    table = results_table("On held-out text", "Domain", *columns, numbers=columns)
+    columns = ("Tokens", "Loss before", "Loss after", "Perplexity before", "Perplexity after")
+    table = results_table("Loss", "Domain", *columns, numbers=columns)
     rows = [*((escape(name), loss, after and after.domains[name]) for name, loss in before.domains.items())]
     for name, first, second in (*rows, ("all", before.overall, after and after.overall)):
         table.add_row(

@@ -175,11 +175,7 @@ def _loss_of(
     folder: Path, name: str, config: PreTrainedConfig, settings: PruneSettings, text: _Text, progress: Progress
 ) -> Losses:
     model = _load(folder, config, settings)
-    try:
-        return measure_losses(name, model, text.tokenizer, text.evaluation, settings.calibration.batch_size, progress)
-    finally:
-        del model
-        free_memory()
+    return measure_losses(name, model, text.tokenizer, text.evaluation, settings.calibration.batch_size, progress)
 
 
 def _load(folder: Path, config: PreTrainedConfig, settings: PruneSettings) -> PreTrainedModel:

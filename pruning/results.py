@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +48,14 @@ class Losses:
     domains: dict[str, DomainLoss]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON, which has no infinity."""
-        overall, domains = (
-            _with_perplexity(self.overall),
-            {name: _with_perplexity(loss) for name, loss in self.domains.items()},
-        )
-        return overall | {"domains": domains}
+        """Return it for JSON."""
+        return _as_json(self.overall) | {"domains": {name: _as_json(loss) for name, loss in self.domains.items()}}
 
 
-def _with_perplexity(loss: DomainLoss) -> dict[str, Any]:
-    return asdict(loss) | {"perplexity": loss.perplexity if math.isfinite(loss.perplexity) else None}
+def _as_json(loss: DomainLoss) -> dict[str, Any]:
+    # JSON has no infinity.
+    perplexity = loss.perplexity if math.isfinite(loss.perplexity) else None
+    return {"mean": loss.loss, "stderr": loss.stderr, "perplexity": perplexity, "num_tokens": loss.num_tokens}
 
 
 @dataclass

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from modeling_upcycled_moe import UpcycledQwenMoeConfig
@@ -79,7 +80,7 @@ def pruned_config(
         pruned.expert_nodes = left + config.expert_nodes[config.num_experts :]
     try:
         pruned.validate()
-    except ValueError as error:
+    except StrictDataclassError as error:
         raise SettingsError(str(error.__cause__ or error)) from error
     return pruned
 

@@ -1,0 +1,79 @@
+"""Which experts are kept and grouped, and what the parts of a model ask for."""
+
+import pytest
+import torch
+from moe_checkpoints import SHAPE
+
+from modeling_upcycled_moe import UpcycledQwenMoeConfig
+from upcycled_moe.common.settings import SettingsError
+from upcycled_moe.pruning.choice import kept_experts, merge_groups, num_parts
+
+
+SPLIT = {"recipe": {"experts": "split", "expert_granularity": 2}}
+
+
+def _config(**fields):
+    return UpcycledQwenMoeConfig(**{**SHAPE, "num_experts": 12, "moe_intermediate_size": 24, **fields})
+
+
+def test_the_best_are_kept_in_their_order():
+    scores = torch.tensor([0.1, 0.5, 0.2, 0.4, 0.3])
+    assert kept_experts(scores, 3, parts=1) == [1, 3, 4]
+
+
+def test_of_equal_experts_the_first_are_kept():
+    assert kept_experts(torch.tensor([1.0, 2.0, 1.0, 1.0]), 2, parts=1) == [0, 1]
+
+
+def test_each_part_keeps_as_many():
+    scores = torch.tensor([9.0, 8.0, 7.0, 1.0, 3.0, 2.0])
+    assert kept_experts(scores, 2, parts=2) == [0, 4]
+    assert kept_experts(scores, 4, parts=2) == [0, 1, 4, 5]
+
+
+def test_others_go_to_the_kept_one_that_they_are_most_similar_to():
+    similarity = torch.tensor([[1.0, 0.2, 0.9, 0.1], [0.2, 1.0, 0.3, 0.6], [0.9, 0.3, 1.0, 0.4], [0.1, 0.6, 0.4, 1.0]])
+    assert merge_groups(similarity, [0, 1], parts=1) == [[0, 2], [1, 3]]
+    assert merge_groups(similarity, [2, 3], parts=1) == [[2, 0], [3, 1]]
+
+
+def test_groups_stay_within_a_part():
+    similarity = torch.eye(4)
+    similarity[0, 3] = similarity[3, 0] = similarity[1, 2] = similarity[2, 1] = 0.9
+    assert merge_groups(similarity, [0, 2], parts=2) == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "provenance", "num_experts", "expected"),
+    [
+        ({}, None, 5, 1),
+        ({}, {"recipe": {"experts": "copy", "expert_granularity": 2}}, 5, 1),
+        ({"router_selection": "grouped_top_k", "num_expert_groups": 2}, {}, 4, 2),
+        ({}, SPLIT, 6, 2),
+        ({"num_experts_per_tok": 3, "router_selection": "grouped_top_k", "num_expert_groups": 3}, SPLIT, 6, 6),
+        ({"expert_nodes": [0] * 4 + [2] * 4 + [1] * 4}, None, 3, 3),
+    ],
+)
+def test_parts_are_groups_slices_and_nodes(fields, provenance, num_experts, expected):
+    assert num_parts(_config(**fields), provenance, num_experts) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "provenance", "num_experts", "message"),
+    [
+        ({}, None, 12, "num_experts=12 must be below the 12 experts"),
+        ({"router_selection": "grouped_top_k", "num_expert_groups": 2}, None, 5, "the 2 of num_expert_groups"),
+        ({}, SPLIT, 5, "the 2 of expert_granularity: the experts are slices"),
+        ({"expert_nodes": [0, 1] * 6}, None, 6, "does not give every node as many neighbouring experts"),
+        ({"expert_nodes": [0] * 4 + [1] * 8}, None, 6, "does not give every node as many neighbouring experts"),
+        (
+            {"num_experts_per_tok": 4, "router_selection": "grouped_top_k", "num_expert_groups": 4},
+            {"recipe": {"experts": "split", "expert_granularity": 3}},
+            4,
+            "the 3 of expert_granularity",
+        ),
+    ],
+)
+def test_numbers_that_parts_cannot_keep_are_errors(fields, provenance, num_experts, message):
+    with pytest.raises(SettingsError, match=message):
+        num_parts(_config(**fields), provenance, num_experts)
