@@ -41,25 +41,27 @@ def _seen(model, domains):
     """Return, for each MoE layer, residual stream, input, logits, weights and selection of every token."""
     layers = find_moe_layers(model)
     seen = [[] for _ in layers]
+    residual, handles = {}, []
 
-    def note(number, layer):
-        decoder = model.base_model.layers[layer.index]
-        residual = {}
-        decoder.post_attention_layernorm.register_forward_pre_hook(lambda _, inputs: residual.update(now=inputs[0]))
-
+    def note(number):
         def hook(_, inputs, outputs):
             tokens = zip(residual["now"].flatten(0, 1), inputs[0], *outputs, strict=True)
             seen[number].extend([value.double() for value in token] for token in tokens)
 
-        decoder.mlp.gate.register_forward_hook(hook)
+        return hook
 
     for number, layer in enumerate(layers):
-        note(number, layer)
+        decoder = model.base_model.layers[layer.index]
+        norm = decoder.post_attention_layernorm
+        handles.append(norm.register_forward_pre_hook(lambda _, inputs: residual.update(now=inputs[0])))
+        handles.append(decoder.mlp.gate.register_forward_hook(note(number)))
     with torch.no_grad():
         for blocks in domains.values():
             for block in blocks:
                 inputs = {name: torch.tensor([block[name]]) for name in ("input_ids", "position_ids")}
                 model.base_model(**inputs, use_cache=False)
+    for handle in handles:
+        handle.remove()
     return layers, seen
 
 
