@@ -5,6 +5,8 @@ import json
 import pytest
 from moe_checkpoints import write_checkpoint
 
+from upcycled_moe.export.targets import AUTO, TARGETS
+
 
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory):
@@ -59,6 +61,11 @@ def test_what_is_not_exact_is_refused_in_one_line(upcycled_moe, moe, top_p, tmp_
         assert message in errors
         assert errors.count("\n") == 1
     assert not out.exists()
+
+
+def test_it_offers_every_architecture(upcycled_moe):
+    _, output, _ = upcycled_moe("export", "--help")
+    assert f"--to {{{','.join([*TARGETS, AUTO])}}}" in output
 
 
 @pytest.mark.parametrize(

@@ -139,10 +139,22 @@ def test_it_brings_no_code_and_says_where_it_comes_from(write_moe, out):
     ],
 )
 def test_the_configuration_is_written_as_readers_look_it_up(arguments, to, expected, write_moe, out):
-    source = write_moe(num_experts=6, num_experts_per_tok=3, router_jitter_noise=0.1, eos_token_id=[2, 5], **arguments)
+    source = write_moe(
+        num_experts=6,
+        num_experts_per_tok=3,
+        router_jitter_noise=0.1,
+        router_aux_loss_coef=0,
+        eos_token_id=[2, 5],
+        **arguments,
+    )
     _export(source, out, to)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    expected = expected | {"num_experts_per_tok": 3, "eos_token_id": [2, 5], "dtype": "float32"}
+    expected = expected | {
+        "num_experts_per_tok": 3,
+        "router_aux_loss_coef": 0.0,
+        "eos_token_id": [2, 5],
+        "dtype": "float32",
+    }
     assert {name: config[name] for name in expected} == expected
     assert load_config(str(out)).num_experts == 6
 
