@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..common.settings import SettingsError
 from .plan import print_plan
+from .push_options import add_push_options, checked_destination, push_result, with_push
 from .recipe_options import (
     CALIBRATION_MEMORY_ADVICE,
     add_places,
@@ -46,6 +47,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         action="store_true",
         help="then compare the result with the dense model, if the recipe preserves its function exactly",
     )
+    add_push_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_recipe_options(parser)
     return parser
@@ -69,6 +71,7 @@ def run(options: argparse.Namespace) -> int:
     if not dense:
         _check_not_dense(out)
     quiet_libraries()
+    destination = checked_destination(options)
     source, recipe = open_model(recipe, weights=not options.dry_run)
     plan = build_plan(source, recipe) if options.verify or options.dry_run else None
     if options.verify:
@@ -77,21 +80,25 @@ def run(options: argparse.Namespace) -> int:
         check_output(plan, out, options.overwrite)
         print_plan(plan, out, options.json)
         return 0
-    result = convert(source, recipe, out, overwrite=options.overwrite, progress=ConsoleProgress())
+    progress = ConsoleProgress()
+    result = convert(source, recipe, out, overwrite=options.overwrite, progress=progress)
     verification = None
     if options.verify:
         from ..conversion.verify import verify
 
         verification = verify(str(source.folder), str(out))
+    if not options.json:
+        print_result(result)
+        if verification is not None:
+            print_verification(verification)
+    if verification is not None and not verification.equal:
+        destination = None  # what is wrong stays here
+    pushed = push_result(options, out, destination, progress)
     if options.json:
         output = json.loads((out / "upcycling.json").read_text(encoding="utf-8"))
         if verification is not None:
             output["verification"] = verification.to_dict()
-        print(json.dumps(output, indent=2))
-    else:
-        print_result(result)
-        if verification is not None:
-            print_verification(verification)
+        print(json.dumps(with_push(output, pushed), indent=2))
     return 0 if verification is None or verification.equal else 3
 
 

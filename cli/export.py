@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .push_options import add_push_options, checked_destination, push_result, with_push
+
 
 if TYPE_CHECKING:
     from ..export.export import ExportPlan
@@ -37,6 +39,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--dry-run", action="store_true", help="say what would be written and write nothing")
+    add_push_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -51,16 +54,18 @@ def run(options: argparse.Namespace) -> int:
 
     max_shard_bytes = parse_size("max_shard_size", options.max_shard_size)
     quiet_libraries()
+    destination, progress = checked_destination(options), ConsoleProgress()
     source, out = open_moe(options.checkpoint, options.revision), Path(options.out)
     plan = plan_export(source, options.to, max_shard_bytes)
     if options.dry_run:
         check_derived(plan.derived, out, (), options.overwrite)
     else:
-        export(plan, out, overwrite=options.overwrite, progress=ConsoleProgress())
-    if options.json:
-        print(json.dumps(plan.to_dict(), indent=2))
-    else:
+        export(plan, out, overwrite=options.overwrite, progress=progress)
+    if not options.json:
         print_plan(plan, out, options.dry_run)
+    pushed = None if options.dry_run else push_result(options, out, destination, progress)
+    if options.json:
+        print(json.dumps(with_push(plan.to_dict(), pushed), indent=2))
     return 0
 
 

@@ -79,7 +79,7 @@ def print_upload(upload: "Upload", destination: "Destination", dry_run: bool) ->
     for table in tables:
         console.print(table)
     if dry_run:
-        branch = f"branch {destination.revision}, {destination.visibility} if it is made"
+        branch = f"branch {destination.revision}, {destination.visibility} if new"
         total = f"{len(upload.files)} files, {format_bytes(upload.num_bytes)}"
         console.print(
             f"Would push {total} to {destination.repo_id} ({branch}). Nothing was sent.", soft_wrap=True, markup=False

@@ -2,8 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,22 +44,33 @@ def checked_destination(options: argparse.Namespace) -> "Destination | None":
     return destination
 
 
-def push_result(folder: Path, destination: "Destination", progress: "Progress") -> "PushResult":
-    """Push the result in `folder`, which stays there if that fails."""
+def push_result(
+    options: argparse.Namespace, folder: Path, destination: "Destination | None", progress: "Progress"
+) -> "PushResult | None":
+    """Push the result in `folder` to `destination`, if there is one, and tell of it, unless by the command's JSON.
+
+    Raises:
+        PushError: if it cannot be pushed; it stays in `folder`.
+    """
+    if destination is None:
+        return None
+
     from ..hub.push import push_written
 
-    return pushing(folder, destination, lambda: push_written(folder, destination, progress))
+    result = pushing(folder, destination, lambda: push_written(folder, destination, progress))
+    if not options.json:
+        print_push(result)
+    return result
 
 
 def pushing(folder: Path, destination: "Destination", push: Callable[[], "PushResult"]) -> "PushResult":
     """Return what `push` does; interrupted, it says how to go on."""
-    with _bars_on_terminals_only():
-        try:
-            return push()
-        except KeyboardInterrupt:
-            command = destination.command(folder)
-            print(f"upcycled-moe: what has arrived need not be sent again: `{command}` goes on.", file=sys.stderr)
-            raise
+    try:
+        return push()
+    except KeyboardInterrupt:
+        command = destination.command(folder)
+        print(f"upcycled-moe: what has arrived need not be sent again: `{command}` goes on.", file=sys.stderr)
+        raise
 
 
 def print_push(result: "PushResult") -> None:
@@ -73,18 +83,3 @@ def print_push(result: "PushResult") -> None:
 def with_push(output: dict[str, Any], result: "PushResult | None") -> dict[str, Any]:
     """Return the JSON `output` of a command with what it pushed, if anything."""
     return output if result is None else {**output, "push": result.to_dict()}
-
-
-@contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
-    """Keep the Hub's bars of uploads, which nothing else tells of, but off files and pipes."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    if sys.stderr.isatty() or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()

@@ -45,6 +45,7 @@ _REASONS = (
     ("*.log", "log"),
     ("routing.jsonl", "log"),
     ("router_probes", "log"),
+    ("router_saturation.*", "log"),
 )
 # Pictures in Markdown, and in the HTML that Markdown may hold.
 _PICTURE = re.compile(r"""!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img\b[^>]*?\bsrc\s*=\s*["']([^"']+)""")

@@ -6,6 +6,7 @@ asks before it sends a file.
 """
 
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from ..common.progress import Progress
 from ..common.settings import SettingsError
@@ -122,7 +124,8 @@ def check_destination(destination: Destination) -> bool | None:
             return None
     if destination.private and not is_private:
         raise SettingsError(
-            f"{destination.repo_id}: is public on the Hub; give --public to publish there, or make it private first."
+            f"{destination.repo_id}: is public on the Hub; give --public (hub_private_repo=false in training) to "
+            "publish there, or make it private first."
         )
     return bool(is_private)
 
@@ -141,7 +144,7 @@ def push(upload: Upload, destination: Destination, progress: Progress | None = N
     if is_private and not destination.private:
         progress.warn(f"{destination.repo_id} is private on the Hub and stays so; its owner can publish it there.")
     api, target = destination.api(), {"repo_id": destination.repo_id, "revision": destination.revision}
-    with _talking(destination):
+    with _talking(destination), _bars_on_terminals_only():
         # Before anything else: of all that is sent only this can be wrong, and a repository would be left empty.
         _check_card(upload)
         if is_private is None:
@@ -240,3 +243,16 @@ def _kind(error: BaseException) -> str:
 
 def _line(text: object) -> str:
     return " ".join(str(text).split()).rstrip(".") or "no reason given"
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Keep the Hub's bars of uploads, which nothing else tells of, but off files and pipes."""
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

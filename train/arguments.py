@@ -156,6 +156,9 @@ class RecipeArguments:
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata=_help("Every parameter takes part in every step.")
     )
+    hub_strategy: str = field(
+        default="end", metadata=_help("What push_to_hub=true uploads: the final model, and never anything else.")
+    )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata=_help(

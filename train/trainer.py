@@ -9,15 +9,23 @@ from .evaluation import EvaluationMixin
 from .monitoring.mixin import MonitoringMixin
 from .optimization import OptimizationMixin
 from .saving.mixin import SavingMixin
+from .saving.pushing import PushingMixin
 
 
 class UpcyclingTrainer(
-    OptimizationMixin, SavingMixin, BalancingMixin, MonitoringMixin, EvaluationMixin, EnginesMixin, Trainer
+    OptimizationMixin,
+    SavingMixin,
+    PushingMixin,
+    BalancingMixin,
+    MonitoringMixin,
+    EvaluationMixin,
+    EnginesMixin,
+    Trainer,
 ):
     """[`Trainer`] for upcycled MoE checkpoints, and for dense ones, which have no router figures.
 
-    Each part does one thing and says in its own file what: `optimization.py`, `saving/mixin.py`, `balancing.py`,
-    `monitoring/mixin.py`, `evaluation.py` and `engines.py`.
+    Each part does one thing and says in its own file what: `optimization.py`, `saving/mixin.py`,
+    `saving/pushing.py`, `balancing.py`, `monitoring/mixin.py`, `evaluation.py` and `engines.py`.
 
     Args:
         args: [`UpcyclingTrainingArguments`].

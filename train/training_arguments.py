@@ -10,6 +10,7 @@ from ..common.settings import SettingsError
 from .arguments import EngineArguments, MonitoringArguments, RecipeArguments
 from .checks import accumulation_steps, check_monitoring, check_num_processes, check_schedule, settled_decay_points
 from .engines import data_parallel_size
+from .saving.pushing import check_hub_settings
 
 
 # How the names of optimizers begin that are in a package of their own.
@@ -36,6 +37,7 @@ class UpcyclingTrainingArguments(RecipeArguments, EngineArguments, MonitoringArg
         self.lr_decay_points = settled_decay_points(self)
         check_monitoring(self)
         check_num_processes(self.expected_processes, self.world_size)
+        check_hub_settings(self)
         self._settle_gradient_checkpointing()
         self._check_optimizer()
         if self.save_only_model and self.resume_from_checkpoint is not None:

@@ -145,8 +145,6 @@ class SavingMixin:
             protected = {folder, Path(self.state.best_model_checkpoint or folder)}
             folders = checkpoint_folders(run_dir, last_step=self.state.global_step)
             keep_newest(folders, self.args.save_total_limit, protected)
-        if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(folder))
         self.accelerator.wait_for_everyone()
 
     def _note_best_checkpoint(self, folder: Path) -> None:
@@ -168,11 +166,6 @@ class SavingMixin:
         settings = Path(self.args.output_dir, CONFIG_FILE)
         if settings.is_file():
             shutil.copyfile(settings, staged / CONFIG_FILE)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # What is uploaded must not be moved meanwhile: `_save_checkpoint` does it at its end.
-        if not self._is_checkpointing:
-            super()._push_from_checkpoint(checkpoint_folder)
 
     @contextmanager
     def _staged(self, folder: Path) -> Iterator[Path]:
@@ -217,8 +210,6 @@ class SavingMixin:
                 if hasattr(callback, "on_model"):
                     callback.on_model(self.args, self.state, final)
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Leave the card as [`CardCallback`] writes it; the Trainer's own would say less."""
