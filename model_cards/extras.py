@@ -15,6 +15,7 @@ class CardExtras:
         title: of the card, and the model's name in its results.
         license, license_name, license_link, language, datasets: for the metadata, in the place of what follows from
             the parents and the texts.
+        packaged_recipe: that makes such a model; for a card of what is not made yet.
         evaluations: scores to show.
         analysis: figures on the routing to show.
     """
@@ -25,5 +26,6 @@ class CardExtras:
     license_link: str | None = None
     language: Sequence[str] = ()
     datasets: Sequence[str] = ()
+    packaged_recipe: str | None = None
     evaluations: Sequence[Evaluation] = ()
     analysis: Analysis | None = None

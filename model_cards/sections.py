@@ -22,6 +22,7 @@ def sections(checkpoint: Checkpoint, extras: CardExtras, data: ModelCardData) ->
         "title": extras.title or title(checkpoint),
         "introduction": _introduction(checkpoint),
         "state": _state(checkpoint),
+        "packaged_recipe": extras.packaged_recipe,
         "properties": _properties(checkpoint),
         **_use(checkpoint),
         "steps": described_steps(checkpoint) if checkpoint.steps else [],
@@ -89,9 +90,9 @@ def _properties(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the rows of the table."""
     rows, weights, config = {}, checkpoint.weights, checkpoint.config
     if weights is not None:
-        rows["Parameters"] = f"{format_count(weights.total_parameters)} in all"
+        rows["Parameters"] = format_count(weights.total_parameters)
         if checkpoint.num_experts is not None:
-            rows["Parameters"] += f", {format_count(weights.active_parameters)} active for a token"
+            rows["Parameters"] += f" in all, {format_count(weights.active_parameters)} active for a token"
     if checkpoint.is_as_converted:
         rows |= checkpoint.description["lines"]
         rows["Router"] = checkpoint.description["router"]

@@ -36,10 +36,13 @@ def _conversion(checkpoint: Checkpoint) -> str:
     text = f"{made} {joined(checkpoint.parents)}"
     if not description:
         return f"{text}: {recipe['num_experts']} experts a layer, {recipe['num_experts_per_tok']} active."
-    details = [f"experts {description['lines']['Experts']}", f"routers {description['router']}"]
-    if "Shared expert" in description["lines"]:
-        details.insert(1, f"shared expert {description['lines']['Shared expert']}")
-    return f"{text}: {'; '.join(details)}."
+    lines = description["lines"]
+    details = {
+        "Experts": lines["Experts"],
+        "Shared expert": lines.get("Shared expert"),
+        "Routers": description["router"],
+    }
+    return f"{text}. {' '.join(f'{name}: {value}.' for name, value in details.items() if value)}"
 
 
 def _train(step: Mapping[str, Any]) -> str:
@@ -58,16 +61,15 @@ def _export(step: Mapping[str, Any]) -> str:
 
 
 def _prune(step: Mapping[str, Any]) -> str:
-    experts = step["num_experts"]
-    done = "merged into" if step["method"] == "merge" else "reduced to"
-    text = f"from {experts['before']} experts a layer {done} {experts['after']}, by `{step['method']}`"
+    before, after = step["num_experts"]["before"], step["num_experts"]["after"]
+    text = f"{before} experts a layer to {after}, by `{step['method']}`"
     active = step.get("num_experts_per_tok", {})
     if active and active["before"] != active["after"]:
         text += f", with {active['after']} active instead of {active['before']}"
     losses = [(step.get("loss") or {}).get(name) or {} for name in ("before", "after")]
-    before, after = (loss.get("mean", loss.get("all")) for loss in losses)
-    if before is not None and after is not None:
-        text += f"; perplexity {perplexity(before):.4g} before, {perplexity(after):.4g} after"
+    if all("mean" in loss for loss in losses):
+        before, after = (perplexity(loss["mean"]) for loss in losses)
+        text += f"; perplexity {before:.4g} before, {after:.4g} after"
     return f"{text}."
 
 
