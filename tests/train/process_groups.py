@@ -11,23 +11,29 @@ from training_processes import DEADLINE_SECONDS, SERVER, begin_child
 from training_runs import command_line
 
 
-def _run(argv: list[str], log: str, environment: dict[str, str]) -> None:
+def _run(argv: list[str], log: str, environment: dict[str, str], with_engines: bool) -> None:
     begin_child(log, environment)
     torch.set_num_threads(1)
     from engines_on_cpu import offer_engines_on_cpu
 
     from upcycled_moe.train.train import main
 
-    offer_engines_on_cpu()
+    if with_engines:
+        offer_engines_on_cpu()
     status = main(argv)
     sys.stdout.flush()
     os._exit(status)
 
 
-def run_group(settings: dict, log: Path, *, num_processes: int, **environment: str) -> list[int]:
+def run_group(
+    settings: dict, log: Path, *, num_processes: int, with_engines: bool = True, **environment: str
+) -> list[int]:
     """Run the script in a group of processes, and return their exit statuses; what they print goes to the file `log`.
 
     Once one has failed the others are ended: they would wait for it.
+
+    Args:
+        with_engines: offer the engines that are for accelerators only; without, whole copies as on any CPU.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -35,10 +41,8 @@ def run_group(settings: dict, log: Path, *, num_processes: int, **environment: s
     common = {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes), "MASTER_PORT": port}
     common |= {"MASTER_ADDR": "127.0.0.1", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", **environment}
     argv = command_line(settings)
-    processes = [
-        SERVER.Process(target=_run, args=(argv, str(log), {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
-        for rank in range(num_processes)
-    ]
+    environments = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+    processes = [SERVER.Process(target=_run, args=(argv, str(log), each, with_engines)) for each in environments]
     for process in processes:
         process.start()
     try:

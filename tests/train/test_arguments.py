@@ -7,7 +7,7 @@ import time
 
 import pytest
 import yaml
-from training_runs import ROOT, TRAIN_SCRIPT, run_script
+from training_runs import ROOT, TRAIN_SCRIPT, command_line
 
 from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.train.arguments import parse_arguments, parse_command_line, resolved_settings
@@ -200,9 +200,10 @@ def test_help_does_not_wait_for_torch():
     assert time.perf_counter() - start < 2
 
 
-def test_the_script_ends_with_2_and_one_line(settings, moe_checkpoint, tmp_path):
+def test_the_script_ends_with_2_and_one_line(warm_python, settings, moe_checkpoint, tmp_path):
     settings |= {"model_name_or_path": moe_checkpoint, "output_dir": tmp_path / "out", "train_data": ["gone.parquet"]}
-    result = run_script(settings)
+    script = f"import runpy; runpy.run_path({str(TRAIN_SCRIPT)!r}, run_name='__main__')"
+    result = warm_python.run(script, *command_line(settings))
 
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1].startswith("train.py: gone.parquet: no such file or folder")

@@ -1,22 +1,21 @@
 """Several processes train as one does on the same global batch, and save the same checkpoint."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from process_groups import run_group
 from safetensors.torch import load_file
-from training_runs import ROOT, TRAIN_SCRIPT, command_line, run_script
+from training_runs import ROOT, TRAIN_SCRIPT, command_line
 
 from upcycled_moe.train.train import main
 
 
 pytestmark = pytest.mark.distributed
 
+ACCELERATE = "from accelerate.commands.accelerate_cli import main; main()"
 FSDP_SCRIPT = Path(__file__).with_name("engines_on_cpu.py")
 ROUTER_FIGURES = ("lm_loss", "loss", "router/aux_loss", "router/z_loss", "router/entropy", "router/max_violation")
 
@@ -60,62 +59,57 @@ def _assert_same_run(output_dir, reference):
 
 
 def test_two_processes_train_as_one(settings, one_process, tmp_path):
-    output_dir = tmp_path / "two_processes"
-    result = run_script({**settings, "output_dir": output_dir, "expected_processes": 2}, num_processes=2)
+    output_dir, log = tmp_path / "two_processes", tmp_path / "log"
+    settings |= {"output_dir": output_dir, "expected_processes": 2}
 
-    assert result.returncode == 0, result.stderr
-    assert "2 processes, 256 tokens a step" in result.stderr
+    assert run_group(settings, log, num_processes=2, with_engines=False) == [0, 0], log.read_text()
+    assert "2 processes, 256 tokens a step" in log.read_text()
     _assert_same_run(output_dir, one_process)
 
 
-def test_accelerate_launch_with_cpu_is_not_mistaken_for_two_processes(settings, tmp_path):
+def test_accelerate_launch_with_cpu_is_not_mistaken_for_two_processes(warm_python, settings, tmp_path):
     settings |= {"output_dir": tmp_path / "out", "expected_processes": 2}
-    result = _launch("ddp.yaml", TRAIN_SCRIPT, settings, "--cpu")
+    result = _launch(warm_python, "ddp.yaml", TRAIN_SCRIPT, settings, "--cpu")
     assert result.returncode != 0
     assert "expected_processes=2, but 1 started" in result.stderr
 
 
-def test_accelerate_launch_shards_and_saves_what_loads_anywhere(settings, one_process, tmp_path):
+def test_accelerate_launch_shards_and_saves_what_loads_anywhere(warm_python, settings, one_process, tmp_path):
     """Weights of the first process alone, and biases, which FSDP2 does not shard, reach the other one."""
     output_dir = tmp_path / "fsdp2"
-    result = _launch("fsdp2.yaml", FSDP_SCRIPT, {**settings, "output_dir": output_dir, "expected_processes": 2})
+    settings |= {"output_dir": output_dir, "expected_processes": 2}
+    result = _launch(warm_python, "fsdp2.yaml", FSDP_SCRIPT, settings)
     assert result.returncode == 0, result.stderr
     _assert_same_run(output_dir, one_process)
     config = json.loads((output_dir / "config.json").read_text())
     assert len(config["auto_map"]) == 4
     assert config["architectures"] == ["UpcycledQwenMoeForCausalLM"]
-    _load_as_remote_code(output_dir)
+    _load_as_remote_code(warm_python, output_dir)
 
 
-def test_accelerate_launch_starts_whole_copies(settings, one_process, tmp_path):
+def test_accelerate_launch_starts_whole_copies(warm_python, settings, one_process, tmp_path):
     settings |= {"output_dir": tmp_path / "ddp", "expected_processes": 2, "ddp_backend": "gloo"}
-    result = _launch("ddp.yaml", TRAIN_SCRIPT, settings)
+    result = _launch(warm_python, "ddp.yaml", TRAIN_SCRIPT, settings)
     assert result.returncode == 0, result.stderr
     _assert_same_run(tmp_path / "ddp", one_process)
 
 
-def _launch(config, script, settings, *options):
+def _launch(python, config, script, settings, *options):
+    """Run the launcher; the processes that it starts import all for themselves."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    config = ROOT / "train" / "configs" / "accelerate" / config
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", port, *options]
-    return subprocess.run(
-        [*command, str(script), *command_line(settings)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
+    command = ["launch", "--config_file", ROOT / "train" / "configs" / "accelerate" / config, "--num_processes", 2]
+    command += ["--mixed_precision", "no", "--main_process_port", port, *options, script, *command_line(settings)]
+    return python.run(ACCELERATE, *command, OMP_NUM_THREADS="1")
 
 
-def _load_as_remote_code(folder):
+def _load_as_remote_code(python, folder):
     script = (
         "import sys; sys.modules['modeling_upcycled_moe'] = None\n"
         "from transformers import AutoModelForCausalLM\n"
         "AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
     )
-    result = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True)
+    result = python.run(script, folder)
     assert result.returncode == 0, result.stderr
     assert "newly initialized" not in result.stderr

@@ -4,8 +4,6 @@ import json
 import math
 import operator
 import shutil
-import subprocess
-import sys
 import time
 
 import pytest
@@ -139,7 +137,7 @@ def test_the_perplexity_of_a_huge_loss_is_infinite():
     assert math.isnan(perplexity(math.nan))
 
 
-def test_the_saved_model_loads_as_remote_code_where_the_package_is_not_importable(short_run):
+def test_the_saved_model_loads_as_remote_code_where_the_package_is_not_importable(warm_python, short_run):
     script = (
         "import sys; sys.modules['modeling_upcycled_moe'] = None\n"
         "from transformers import AutoConfig, AutoModelForCausalLM\n"
@@ -148,7 +146,7 @@ def test_the_saved_model_loads_as_remote_code_where_the_package_is_not_importabl
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
         "assert model.model.layers[1].mlp.experts.gate_up_proj.shape == (4, 96, 32)\n"
     )
-    result = subprocess.run([sys.executable, "-c", script, str(short_run[0])], capture_output=True, text=True)
+    result = warm_python.run(script, short_run[0])
     assert result.returncode == 0, result.stderr
 
 

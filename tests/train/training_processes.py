@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
 from training_runs import command_line
 
 
@@ -28,6 +29,9 @@ def begin_child(log: str, environment: dict[str, str]) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
+    if folder := environment.get("HF_DATASETS_CACHE"):
+        # It was read when the server imported the library.
+        datasets.config.HF_DATASETS_CACHE = Path(folder)
 
 
 def _run(argv: list[str], log: str, environment: dict[str, str]) -> None:

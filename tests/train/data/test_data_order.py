@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.data_loader import IterableDatasetShard
+from process_groups import run_group
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from training_runs import command_line, run_script
+from training_runs import command_line
 from transformers import TrainerState
 
 from upcycled_moe.common.settings import SettingsError
@@ -261,8 +262,10 @@ def test_a_run_goes_on_with_two_processes_where_one_stopped(settings, moe_checkp
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
 
     settings |= {"output_dir": resumed, "resume_from_checkpoint": "last"}
-    result = run_script(settings, num_processes=2, HF_DATASETS_CACHE=str(tmp_path / "cache"))
-    assert result.returncode == 0, result.stderr
+    log, cache = tmp_path / "log", tmp_path / "cache"
+    statuses = run_group(settings, log, num_processes=2, with_engines=False, HF_DATASETS_CACHE=str(cache))
+    assert statuses == [0, 0], log.read_text()
+    assert list(cache.rglob("*.arrow"))
     positions = [
         json.loads((folder / "checkpoint-4" / "data_position.json").read_text()) for folder in (whole, resumed)
     ]
