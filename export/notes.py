@@ -1,7 +1,7 @@
 """What someone should know of an export that is exact."""
 
 from ..common.moe_source import MoeSource
-from .targets import Target
+from .targets import Target, nonzero_attention_biases
 
 
 # Fields that act in training only, and which no stock architecture has; Mixtral's jitter is another one.
@@ -11,6 +11,8 @@ TRAINING_FIELDS = (
     "router_locality_loss_coef",
     "router_jitter_noise",
 )
+
+_VLLM_WAY_OUT = "serve it there with --model-impl transformers."
 
 
 def export_notes(source: MoeSource, target: Target) -> tuple[str, ...]:
@@ -72,6 +74,12 @@ def _reader_notes(source: MoeSource, target: Target) -> list[str]:
     if target.has_window_per_layer and "sliding_attention" in config.layer_types:
         notes.append(
             f"Transformers applies the sliding windows of {target.name} with sdpa, eager and flex attention, not with "
-            "flash attention; vLLM's own class gives every layer the window, also where some have none."
+            "flash attention."
         )
+    if len(set(config.layer_types)) > 1:
+        notes.append(
+            f"vLLM's own {target.name} gives every layer the sliding window, here some have none; {_VLLM_WAY_OUT}"
+        )
+    if "o_proj" in nonzero_attention_biases(source):
+        notes.append(f"vLLM's own {target.name} leaves out the bias of o_proj; {_VLLM_WAY_OUT}")
     return notes

@@ -159,6 +159,37 @@ def test_the_configuration_is_written_as_readers_look_it_up(arguments, to, expec
     assert load_config(str(out)).num_experts == 6
 
 
+QWEN3 = {"base_model_type": "qwen3"}
+WINDOW = {"use_sliding_window": True, "sliding_window": 4}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({**QWEN3, "router_type": "linear"}, []),
+        ({**QWEN3, "router_type": "linear", "norm_topk_prob": False}, ["llama.cpp does not read norm_topk_prob"]),
+        ({**QWEN3, "router_type": "linear", "attention_bias": True}, ["leaves out the bias of o_proj"]),
+        (
+            {**QWEN3, "router_dtype": "float32", "router_selection": "expert_choice"},
+            ["'mixture' is folded", "router_dtype='float32' has no field", "selects in training only"],
+        ),
+        (
+            {**WINDOW, "max_window_layers": 1, "norm_topk_prob": False, "router_type": "linear"},
+            ["there is no shared expert", "not with flash attention", "gives every layer the sliding window"],
+        ),
+        (
+            {"shared_expert_intermediate_size": 24, "shared_expert_gating": "plain", "router_type": "linear"},
+            ["a doubled down_proj", "llama.cpp does not read norm_topk_prob"],
+        ),
+    ],
+)
+def test_the_notes_say_what_changes_and_who_reads_it_otherwise(arguments, expected, write_moe):
+    notes = plan_export(write_moe(**arguments), "auto", ONE_FILE).notes
+    assert len(notes) == len(expected)
+    for note, text in zip(notes, expected, strict=True):
+        assert text in note
+
+
 def test_classes_keep_their_names(write_moe, out):
     names = {0: "bad", 1: "fair", 2: "good"}
     source = write_moe(
