@@ -12,10 +12,7 @@ def described_steps(checkpoint: Checkpoint) -> list[str]:
     sentences = []
     if checkpoint.recipe:
         sentences.append(f"**convert** {_conversion(checkpoint)}")
-    for step in checkpoint.steps:
-        describe = _STEPS.get(step["command"], _other)
-        sentences.append(f"**{step['command']}** {describe(step)}")
-    return sentences
+    return sentences + [f"**{step['command']}** {_described(step)}" for step in checkpoint.steps]
 
 
 def joined(parents: list[Parent]) -> str:
@@ -75,6 +72,14 @@ def _prune(step: Mapping[str, Any]) -> str:
 
 def _merge(step: Mapping[str, Any]) -> str:
     return f"back to a dense model, by `{step['method']}`: one FFN of all experts of a layer."
+
+
+def _described(step: Mapping[str, Any]) -> str:
+    try:
+        return _STEPS.get(step["command"], _other)(step)
+    # Other versions record other facts.
+    except (KeyError, TypeError, AttributeError):
+        return _other(step)
 
 
 def _other(step: Mapping[str, Any]) -> str:

@@ -31,7 +31,9 @@ def card_problems(text: str, folder: Path | None = None) -> list[str]:
     try:
         card = ModelCard(text)
     except (ValueError, YAMLError) as error:
-        return [f"metadata: cannot be read ({' '.join(str(error).split())})."]
+        # What follows is advice on an argument of the reader.
+        reason = " ".join(str(error).split()).partition(" Pass `ignore")[0]
+        return [f"metadata: cannot be read ({reason.rstrip('.')})."]
     problems = [problem for field, check in _CHECKS.items() for problem in check(field, card.data.to_dict())]
     if (num_bytes := len(text.encode("utf-8"))) > MAX_CARD_BYTES:
         problems.append(f"card: has {num_bytes:,} bytes, more than the {MAX_CARD_BYTES:,} that the Hub shows.")
@@ -83,11 +85,8 @@ def _tags(field: str, data: Mapping[str, Any]) -> Iterator[str]:
 def _model_index(field: str, data: Mapping[str, Any]) -> Iterator[str]:
     if field not in data:
         return
-    try:
-        _, results = model_index_to_eval_results(data[field])
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        yield f"{field}: is not of the form that the Hub reads ({type(error).__name__}: {error})."
-        return
+    # Its form was checked when the card was read.
+    _, results = model_index_to_eval_results(data[field])
     for result in results:
         value = result.metric_value
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
