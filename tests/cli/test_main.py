@@ -142,6 +142,20 @@ COMMANDS = {
         "--tokens-per-domain",
         "--block-size",
     ],
+    "export": [
+        "CKPT",
+        "OUT",
+        "-h",
+        "--help",
+        "--to",
+        "--revision",
+        "--max-shard-size",
+        "--overwrite",
+        "--dry-run",
+        "--push-to-hub",
+        "--public",
+        "--json",
+    ],
 }
 
 
