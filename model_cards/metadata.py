@@ -25,7 +25,7 @@ def model_card_data(checkpoint: Checkpoint, extras: CardExtras) -> ModelCardData
         library_name="transformers",
         pipeline_tag="text-generation" if checkpoint.is_causal_lm else "text-classification",
         datasets=list(extras.datasets) or _datasets(checkpoint) or None,
-        tags=_tags(checkpoint),
+        tags=_tags(checkpoint) or None,
         **({"model_name": extras.title or title(checkpoint), "eval_results": results} if results else {}),
     )
 

@@ -242,6 +242,9 @@ def _limits(checkpoint: Checkpoint) -> list[str]:
         limits.append("A merged FFN is an approximation of the experts, unless these were equal.")
     if any(step["command"] == "prune" for step in checkpoint.steps):
         limits.append("Which experts went was decided on a sample of text; other text may have needed them.")
+    for step in checkpoint.steps:
+        if step["command"] == "export":
+            limits += [f"On the export: {note}" for note in step.get("notes") or []]
     if checkpoint.recipe:
         models = "dense models" if has_several_parents else "dense model"
         limits.append(

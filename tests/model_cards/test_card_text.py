@@ -43,6 +43,7 @@ EXPORT = {
     "source": {"name": "run", "revision": None},
     "architecture": "Qwen2MoeForCausalLM",
     "reason": "the first that computes the same",
+    "notes": ["routers run in bfloat16."],
 }
 MERGE = {"command": "merge", "source": {"name": "run", "revision": None}, "method": "usage"}
 NATIVE = {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "shared_expert_intermediate_size": 0}
@@ -103,6 +104,7 @@ def test_no_card_has_gaps(after_steps, kind):
             "3. **export** to Qwen2MoeForCausalLM, a class of Transformers' own: the first that computes the same.",
             'from_pretrained(path, dtype="auto")',
             "vllm serve .",
+            "\nOn the export: routers run in bfloat16.\n",
         ],
         "merged": [
             "A dense language model, made by merging the experts of a Mixture-of-Experts model that was\n"

@@ -2,6 +2,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import ModelCard
 
 from upcycled_moe.common.provenance import PROVENANCE_FILE, read_provenance
 from upcycled_moe.train.saving.card import CardCallback
@@ -37,7 +38,8 @@ def test_each_save_tells_of_the_run_once(run):
         assert (trained["command"], trained["steps"], trained["tokens"], trained["loss"]) == ("train", 20, 2000, 2.5)
         card = (folder / "README.md").read_text(encoding="utf-8")
         assert "**train** for 20 steps, 2,000 tokens; validation loss 2.2500 at the end." in card
-        assert "base_model: Qwen/Qwen2.5-0.5B\nbase_model_relation: finetune\n" in card
+        data = ModelCard(card).data
+        assert (data.base_model, data.base_model_relation) == ("Qwen/Qwen2.5-0.5B", "finetune")
     assert (checkpoint / "LICENSE").read_text(encoding="utf-8") == "terms"
 
 
