@@ -1,13 +1,13 @@
 """Small dense checkpoints on disk, shaped like the real families, with a tokenizer and text of their own."""
 
 import hashlib
-import multiprocessing
 import random
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
+from fork_server import SERVER
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from upcycled_moe.common.tokenizers import train_tokenizer
@@ -86,13 +86,8 @@ def folder_hashes(folder: Path) -> dict[str, str]:
 
 
 def exit_status(function: Callable, *arguments) -> int:
-    """Call `function` in a process of its own and return its exit status, -9 if it was killed.
-
-    The process is forked from a server that has imported the libraries and run nothing.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["upcycled_moe.conversion.convert"])
-    process = context.Process(target=function, args=arguments)
+    """Call `function` in a process of its own and return its exit status, -9 if it was killed."""
+    process = SERVER.Process(target=function, args=arguments)
     process.start()
     process.join()
     return process.exitcode

@@ -1,6 +1,6 @@
-"""Run by torchrun in each process: loads every folder with a parallel plan and without, and compares them.
+"""Run by torchrun in each process: loads every folder with parallel plans and without, and compares them.
 
-torchrun --nproc-per-node 2 distributed_worker.py {tensor,expert} REPORT FOLDER...
+torchrun --nproc-per-node 2 distributed_worker.py REPORT '{"tensor": [FOLDER, …], "expert": [FOLDER, …]}'
 """
 
 import json
@@ -59,10 +59,13 @@ def compare(plan: str, folder: str) -> dict:
 
 
 def main():
-    plan, report_path, *folders = sys.argv[1:]
+    report_path, folders_of_plans = sys.argv[1], json.loads(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    reports = {Path(folder).name: compare(plan, folder) for folder in folders}
+    reports = {
+        plan: {Path(folder).name: compare(plan, folder) for folder in folders}
+        for plan, folders in folders_of_plans.items()
+    }
     if dist.get_rank() == 0:
         Path(report_path).write_text(json.dumps(reports))
     dist.destroy_process_group()

@@ -251,7 +251,8 @@ def test_a_training_step_compiles_as_one_graph(make_moe, make_tokens, fields, im
     """`aot_eager` traces forward and backward as the default backend does, without compiling kernels."""
     if implementation == "grouped_mm" and Version(transformers.__version__) < Version("5.23"):
         pytest.skip("On CPU, the backward pass of grouped_mm in older Transformers branches on its data.")
-    model = make_moe(router_aux_loss_coef=0.3, **fields)
+    # Each layer is traced by itself; of two, one may be dense or look at all tokens, and the other not.
+    model = make_moe(router_aux_loss_coef=0.3, num_hidden_layers=2, **fields)
     model.set_experts_implementation(implementation)
     tokens = make_tokens()
     loss, expected = train_step_gradients(model, tokens)

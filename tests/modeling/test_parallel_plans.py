@@ -1,9 +1,6 @@
 """Tensor and expert parallelism over two processes compute what one process does, gradients included."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -40,45 +37,41 @@ MODELS = {
 }
 
 
+TORCHRUN = "from torch.distributed.run import main; main()"
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("plan", ["tensor", "expert"])
-def test_two_processes_compute_what_one_does(make_moe, tmp_path, plan):
-    folders = []
-    models = MODELS
-    if plan == "expert" and OLD_EXPERT_PARALLELISM:
-        models = {
-            name: fields for name, fields in MODELS.items() if not UpcycledQwenMoeConfig(**fields).has_empty_slots
-        }
-    for name, fields in models.items():
-        folders.append(str(tmp_path / name))
-        make_moe(router_aux_loss_coef=0.3, router_z_loss_coef=0.1, **fields).save_pretrained(folders[-1])
+def test_two_processes_compute_what_one_does(warm_python, make_moe, tmp_path):
+    for name, fields in MODELS.items():
+        make_moe(router_aux_loss_coef=0.3, router_z_loss_coef=0.1, **fields).save_pretrained(tmp_path / name)
+    names = {"tensor": list(MODELS), "expert": list(MODELS)}
+    if OLD_EXPERT_PARALLELISM:
+        names["expert"] = [name for name in MODELS if not UpcycledQwenMoeConfig(**MODELS[name]).has_empty_slots]
+    folders = {plan: [str(tmp_path / name) for name in names[plan]] for plan in names}
     report_path = tmp_path / "report.json"
     worker = Path(__file__).with_name("distributed_worker.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
-    process = subprocess.run(
-        [*torchrun, str(worker), plan, str(report_path), *folders],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    arguments = ["--standalone", "--nproc-per-node", 2, worker, report_path, json.dumps(folders)]
+    process = warm_python.run(TORCHRUN, *arguments, OMP_NUM_THREADS="1")
     assert process.returncode == 0, process.stderr
     assert "match nothing" not in process.stderr
     assert "were not applied" not in process.stderr
 
     reports = json.loads(report_path.read_text())
-    assert reports.keys() == models.keys()
-    for name, report in reports.items():
+    assert {plan: list(reports[plan]) for plan in reports} == names
+    for plan, name in ((plan, name) for plan, models in names.items() for name in models):
+        report = reports[plan][name]
         assert report["processes"] == 2
         expected_shards = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
         if plan == "tensor":
             expected_shards |= {"self_attn.q_proj.weight", "self_attn.o_proj.weight"}
-            if "shared_expert_intermediate_size" in models[name]:
+            if "shared_expert_intermediate_size" in MODELS[name]:
                 expected_shards.add("mlp.shared_expert.down_proj.weight")
         assert expected_shards <= set(report["sharded"])
-        assert report["logits"] <= 1e-5
-        assert report["loss"] <= 1e-5
-        assert [name for name, difference in report["gradients"].items() if difference > 1e-5] == []
+        assert report["logits"] <= 1e-5, (plan, name)
+        assert report["loss"] <= 1e-5, (plan, name)
+        far = [parameter for parameter, difference in report["gradients"].items() if difference > 1e-5]
+        assert far == [], (plan, name)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import torch
-from training_processes import DEADLINE_SECONDS, SERVER, begin_child
+from fork_server import SERVER
+from training_processes import DEADLINE_SECONDS, begin_child
 from training_runs import command_line
 
 

@@ -1,10 +1,6 @@
-"""Training runs in processes of their own that can be signalled and killed, and that start at once.
-
-A server pays for the imports and forks them; neither it nor the test process has to be forked with threads running.
-"""
+"""Training runs in processes of their own that can be signalled and killed, and that start at once."""
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -13,13 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
+from fork_server import SERVER
 from training_runs import command_line
 
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["upcycled_moe.train.train", "upcycled_moe.train.trainer", "upcycled_moe.train.model", "upcycled_moe.common.text"]
-)
 DEADLINE_SECONDS = 120
 
 
