@@ -17,6 +17,7 @@ from ..common.provenance import PROVENANCE_FILE
 from ..common.settings import SettingsError
 from ..common.streaming.stored import read_config, read_tensors
 from ..model_cards.card import CARD_FILE
+from ..model_cards.validation import card_problems
 
 
 CONFIG_FILE = "config.json"
@@ -136,9 +137,19 @@ def _check_whole(folder: Path) -> set[str]:
     if (folder / "adapter_config.json").exists():
         raise SettingsError(f"{folder}: holds an adapter; merge it into its model and save that.")
     names = {tensor.path.name for tensor in read_tensors(folder).values()}
-    if not (folder / CARD_FILE).is_file():
-        raise SettingsError(f"{folder}: there is no card ({CARD_FILE}); write one with `upcycled-moe card {folder}`.")
+    _check_card(folder)
     return names if names == {WEIGHTS_FILE} else {*names, INDEX_FILE}
+
+
+def _check_card(folder: Path) -> None:
+    path = folder / CARD_FILE
+    if not path.is_file():
+        raise SettingsError(f"{folder}: there is no card ({CARD_FILE}); write one with `upcycled-moe card {folder}`.")
+    if problems := card_problems(path.read_text(encoding="utf-8", errors="replace"), folder):
+        more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise SettingsError(
+            f"{path}: {problems[0].rstrip('.')}{more}; correct it, or write another with `upcycled-moe card {folder}`."
+        )
 
 
 def _wanted_files(folder: Path, weights: set[str]) -> set[str]:

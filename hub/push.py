@@ -13,10 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    build_hf_headers,
+    disable_progress_bars,
+    enable_progress_bars,
+    get_session,
+    hf_raise_for_status,
+)
 
 from ..common.progress import Progress
 from ..common.settings import SettingsError
@@ -146,7 +152,7 @@ def push(upload: Upload, destination: Destination, progress: Progress | None = N
     api, target = destination.api(), {"repo_id": destination.repo_id, "revision": destination.revision}
     with _talking(destination), _bars_on_terminals_only():
         # Before anything else: of all that is sent only this can be wrong, and a repository would be left empty.
-        _check_card(upload)
+        _check_card(api, upload)
         if is_private is None:
             api.create_repo(destination.repo_id, private=destination.private, exist_ok=True)
             is_private = destination.private
@@ -182,12 +188,18 @@ def push_written(folder: str | Path, destination: Destination, progress: Progres
         ) from error
 
 
-def _check_card(upload: Upload) -> None:
-    """Check the card as the Hub does."""
-    try:
-        ModelCard.load(upload.folder / CARD_FILE).validate()
-    except (ValueError, yaml.YAMLError) as error:
-        raise SettingsError(f"{upload.folder / CARD_FILE}: refused by the Hub ({_line(error)}); correct it.") from None
+def _check_card(api: HfApi, upload: Upload) -> None:
+    """Let the Hub check the card; `ModelCard.validate` asks huggingface.co in older releases, whatever HF_ENDPOINT."""
+    card = upload.folder / CARD_FILE
+    response = get_session().post(
+        f"{api.endpoint}/api/validate-yaml",
+        json={"content": card.read_text(encoding="utf-8"), "repoType": "model"},
+        headers=build_hf_headers(token=api.token),
+    )
+    if response.status_code == 400:
+        problems = [str(problem.get("message")) for problem in response.json().get("errors", [])]
+        raise SettingsError(f"{card}: refused by the Hub ({_line('; '.join(problems))}); correct it.")
+    hf_raise_for_status(response)
 
 
 def _stale_weights(api: HfApi, upload: Upload, target: dict[str, str]) -> set[str]:

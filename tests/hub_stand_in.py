@@ -300,9 +300,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer_json({"commitUrl": f"{self.server.endpoint}/{repo_id}/commit/{oid}", "commitOid": oid})
 
     def validate(self, request):
-        problems = (
-            ["license must be one of a list"] if "no-such-license" in json.loads(request.body)["content"] else []
-        )
+        problems = ["base_model must exist"] if "no/such-model" in json.loads(request.body)["content"] else []
         errors = [{"message": problem} for problem in problems]
         self.answer_json({"errors": errors, "warnings": []}, 400 if errors else 200)
 

@@ -74,7 +74,6 @@ def test_code_goes_as_far_as_the_configuration_needs_it(checkpoint):
         "![](../outside/loads.png)",
         "![](.hidden.png)",
         "![](checkpoint-10/loads.png)",
-        "![](/tmp/loads.png)",
         "![](a.py)",
     ],
 )
@@ -85,6 +84,10 @@ def test_a_card_can_show_nothing_that_must_stay(checkpoint, shown):
         (checkpoint / name).write_bytes(b"secret")
     (checkpoint / "README.md").write_text(CARD + shown, encoding="utf-8")
     assert names(plan_upload(checkpoint)) == whole.keys()
+
+
+def spoil_card(folder):
+    (folder / "README.md").write_text("---\nlicense: mine\n---\n# A model\n", encoding="utf-8")
 
 
 def cut_short(folder):
@@ -113,6 +116,7 @@ def link_card(folder):
             lambda folder: (folder / "README.md").unlink(),
             "there is no card (README.md); write one with `upcycled-moe card",
         ),
+        (spoil_card, "README.md: license: 'mine' is not in the Hub's list; take 'other', with"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds an adapter"),
         (lambda folder: (folder / LOCK_FILE).touch(), "is what a command has not finished writing"),
         (link_weights, "model-00003-of-00003.safetensors: is a link, and only plain files go to the Hub"),

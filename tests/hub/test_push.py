@@ -220,8 +220,10 @@ def test_a_moments_trouble_is_waited_out(monkeypatch, pushed_checkpoint):
 
 
 def test_a_card_that_the_hub_refuses_leaves_no_repository(hub, checkpoint):
-    (checkpoint / "README.md").write_text("---\nlicense: no-such-license\n---\n# A model\n", encoding="utf-8")
-    with pytest.raises(SettingsError, match=r"README\.md: refused by the Hub \(.*license must be one of a list"):
+    (checkpoint / "README.md").write_text(
+        "---\nlicense: mit\nbase_model: no/such-model\n---\n# A model\n", encoding="utf-8"
+    )
+    with pytest.raises(SettingsError, match=r"README\.md: refused by the Hub \(.*base_model must exist"):
         push(plan_upload(checkpoint), PRIVATE)
     assert hub.repositories == {}
 
