@@ -12,7 +12,7 @@ from ..common.streaming.planned import into_shards
 from ..model_cards.card import write_card
 from .config import declare_num_experts, native_config
 from .notes import export_notes
-from .targets import Choice, choose_target
+from .obstacles import Choice, choose_target
 from .tensors import native_tensors
 from .tokenizer import write_tokenizer_pipeline
 

@@ -1,7 +1,8 @@
 """What someone should know of an export that is exact."""
 
 from ..common.moe_source import MoeSource
-from .targets import Target, nonzero_attention_biases
+from .obstacles import nonzero_attention_biases
+from .targets import Target
 
 
 # Fields that act in training only, and which no stock architecture has; Mixtral's jitter is another one.

@@ -5,7 +5,8 @@ import json
 import pytest
 from moe_checkpoints import write_checkpoint
 
-from upcycled_moe.export.targets import AUTO, TARGETS
+from upcycled_moe.export.obstacles import AUTO
+from upcycled_moe.export.targets import TARGETS
 
 
 @pytest.fixture(scope="module")

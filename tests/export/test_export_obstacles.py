@@ -6,7 +6,8 @@ import torch
 from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.common.streaming.stored import StoredTensor
 from upcycled_moe.export.export import plan_export
-from upcycled_moe.export.targets import TARGETS, choose_target, nonzero_attention_biases, target_obstacles
+from upcycled_moe.export.obstacles import choose_target, nonzero_attention_biases, target_obstacles
+from upcycled_moe.export.targets import TARGETS
 
 
 QWEN2, QWEN3 = {"base_model_type": "qwen2"}, {"base_model_type": "qwen3"}
@@ -77,11 +78,14 @@ def test_router_biases_that_are_not_zero(write_moe):
 )
 def test_what_one_architecture_does_not_have(to, arguments, messages, write_moe):
     source = write_moe(**arguments)
-    obstacles = target_obstacles(source.config, TARGETS[to], nonzero_attention_biases(source))
+    biases = nonzero_attention_biases(source)
+    obstacles = target_obstacles(source.config, TARGETS[to], biases)
     assert len(obstacles) == len(messages)
     for obstacle, message in zip(obstacles, messages, strict=True):
         assert obstacle.startswith(message)
-    with pytest.raises(SettingsError, match=f"does not fit {to}: {messages[0]}.*; try --to auto, or serve it"):
+    exact = [name for name in TARGETS if not target_obstacles(source.config, TARGETS[name], biases)]
+    way_out = f"does not fit {to}: .*; give --to {exact[0]}" if exact else "no stock architecture .*; serve it with"
+    with pytest.raises(SettingsError, match=way_out):
         plan_export(source, to, max_shard_bytes=10**9)
 
 
