@@ -1,4 +1,4 @@
-"""Converting and loading, as several tests of the converter do."""
+"""Converting and loading, as several tests do."""
 
 from transformers import AutoModelForCausalLM
 
