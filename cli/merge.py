@@ -135,7 +135,7 @@ def _table(plan: "MergePlan") -> "Table":
     columns = ["Least", "Most", f"Entropy (at most {math.log(num_experts):.3f})"] + ["Shared expert"] * bool(shared)
     table = results_table(f"Coefficients: {plan.settings.method}", "Layer", *columns, numbers=columns)
     for layer_idx, name, values in _rows(plan.coefficients):
-        entropy = -math.fsum(value * math.log(value) for value in values if value > 0)
+        entropy = math.fsum(value * math.log(1 / value) for value in values if value > 0)
         figures = [min(values), max(values), entropy] + ([shared[layer_idx]] if shared else [])
         table.add_row(name, *(f"{figure:.3f}" for figure in figures))
     return table

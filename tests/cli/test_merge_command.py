@@ -1,0 +1,126 @@
+"""`upcycled-moe merge`: what it prints, what it writes, and how it ends."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def moe(dense, tmp_path_factory):
+    """A converted checkpoint that no test writes into."""
+    from upcycled_moe.conversion.convert import convert
+    from upcycled_moe.conversion.recipe import ConversionRecipe
+    from upcycled_moe.conversion.source import open_source
+
+    out = tmp_path_factory.mktemp("merged") / "moe"
+    convert(open_source(str(dense)), ConversionRecipe(router="linear", num_experts=4, shared_expert="plain"), out)
+    return out
+
+
+def _lines(text):
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def test_a_merge_says_what_counts_how_much(upcycled_moe, moe, dense, tmp_path):
+    status, out, err = upcycled_moe("merge", moe, tmp_path / "out", "--max-shard-size", "100KB")
+    assert (status, err) == (0, "")
+    assert _lines(out) == [
+        "Coefficients: average",
+        "Layer Least Most Entropy (at most 1.386) Shared expert",
+        *(f"{layer} 0.250 0.250 1.386 0.200" for layer in range(3)),
+        f"Wrote {tmp_path / 'out'} (Qwen2ForCausalLM): 454 kB, 113K parameters.",
+    ]
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+
+
+def test_usage_is_measured_saved_and_given_again(upcycled_moe, moe, text_file, tmp_path):
+    text = ("--data", text_file, "--tokens-per-domain", 128, "--block-size", 64)
+    saved = tmp_path / "saved.json"
+    arguments = ("merge", moe, tmp_path / "out", "--method", "usage", *text, "--save-coefficients", saved)
+    status, out, err = upcycled_moe(*arguments)
+    assert (status, err) == (0, "")
+    assert _lines(out)[0] == "Coefficients: usage"
+    assert _lines(out)[-2] == "Measured on 128 tokens of sample."
+    given = ("--method", "coefficients", "--coefficients", saved)
+    status, out, err = upcycled_moe("merge", moe, tmp_path / "again", *given, "--json")
+    assert (status, err) == (0, "")
+    printed = json.loads(out)
+    assert printed["coefficients"] == json.loads(saved.read_text())
+    step = json.loads((tmp_path / "out" / "upcycling.json").read_text())["steps"][-1]
+    assert step["coefficients"] == printed["coefficients"]
+    assert (step["num_tokens"], step["text"]["tokens_per_domain"]) == ({"sample": 128}, 128)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "again")]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    assert sum(value.numel() for value in weights[0].values()) == printed["total_parameters"]
+    # It is there by now.
+    status, _, err = upcycled_moe(*arguments)
+    assert (status, err) == (
+        2,
+        f"upcycled-moe: error: {saved}: exists; give another file, or --overwrite to replace it.\n",
+    )
+
+
+def test_matrices_of_their_own_have_rows_of_their_own(upcycled_moe, moe, tmp_path):
+    halves, first = [0.5, 0.5, 0, 0], [1, 0, 0, 0]
+    layers = {"0": halves, "1": {"gate_proj": halves, "up_proj": halves, "down_proj": first}, "2": first}
+    path = tmp_path / "given.json"
+    path.write_text(json.dumps({"format": 1, "layers": layers, "shared": {"0": 0, "1": 0.5, "2": 1}}))
+    arguments = ("merge", moe, tmp_path / "out", "--method", "coefficients", "--coefficients", path, "--dry-run")
+    status, out, err = upcycled_moe(*arguments)
+    assert (status, err) == (0, "")
+    assert _lines(out)[2:] == [
+        "0 0.000 0.500 0.693 0.000",
+        "1 gate_proj 0.000 0.500 0.693 0.500",
+        "1 up_proj 0.000 0.500 0.693 0.500",
+        "1 down_proj 0.000 1.000 0.000 0.500",
+        "2 0.000 1.000 0.000 1.000",
+        f"Would write {tmp_path / 'out'} (Qwen2ForCausalLM): 454 kB, 113K parameters.",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["given.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "usage"], "--method usage needs text; give --data."),
+        (["--method", "coefficients"], "--method coefficients needs a file; give --coefficients."),
+        (["--data", "x"], "--data has no meaning with --method average, only with usage; leave it out."),
+        (["--coefficients", "x"], "--coefficients has no meaning with --method average, only with coefficients;"),
+        (["--block-size", "5"], "--block-size has no meaning without --data; give both or none."),
+        (["--method", "usage", "--data", "x", "--batch-size", "0"], "batch_size=0 must be at least 1."),
+        (["--method", "learned"], "argument --method: invalid choice: 'learned'"),
+        (["--dry-run", "--save-coefficients", "x"], "--dry-run writes nothing; leave --save-coefficients out"),
+        (["--save-coefficients", "no/x"], "no/x: cannot be a file; give --save-coefficients a path in a folder that"),
+        (["--save-coefficients", "out"], "out: lies in out, which is written anew; give --save-coefficients another"),
+        (["--max-shard-size", "5XB"], "max_shard_size='5XB' is not a size"),
+        (["--method", "usage", "--data", "no.txt"], "no.txt"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_writes_nothing(upcycled_moe, moe, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = upcycled_moe("merge", moe, "out", *options)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dense_checkpoint_has_nothing_to_merge(upcycled_moe, dense, tmp_path):
+    status, out, err = upcycled_moe("merge", dense, tmp_path / "out")
+    assert (status, out) == (2, "")
+    assert "model_type 'qwen2' is not that of an upcycled checkpoint" in err
+
+
+def test_only_a_checkpoint_is_replaced(upcycled_moe, moe, tmp_path):
+    out, saved = tmp_path / "out", tmp_path / "saved.json"
+    out.mkdir()
+    (out / "mine.txt").touch()
+    status, _, err = upcycled_moe("merge", moe, out, "--overwrite", "--save-coefficients", saved)
+    assert status == 2
+    assert "holds no checkpoint" in err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine.txt", "out"]
+    (out / "config.json").touch()
+    assert upcycled_moe("merge", moe, out, "--overwrite", "--save-coefficients", saved)[0] == 0
+    assert upcycled_moe("merge", moe, out, "--overwrite", "--save-coefficients", saved)[0] == 0
+    assert (out / "model.safetensors").is_file()
