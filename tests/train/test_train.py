@@ -5,6 +5,7 @@ import math
 import operator
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -247,18 +248,23 @@ def test_biases_move_by_the_loads_of_whole_steps(settings, moe_checkpoint, train
 def test_tokens_per_second_leaves_out_evaluation_and_saving(
     settings, moe_checkpoint, train_files, tmp_path, monkeypatch
 ):
+    waited_s = 0
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + waited_s)
+    monkeypatch.setattr("upcycled_moe.train.monitoring.mixin.time", clock)
     for name in ("evaluate", "_save_checkpoint"):
         original = getattr(Trainer, name)
 
         def slow(*args, original=original, **kwargs):
-            time.sleep(1)
+            nonlocal waited_s
+            waited_s += 3600
             return original(*args, **kwargs)
 
         monkeypatch.setattr(Trainer, name, slow)
     settings |= {"eval_data": train_files[:1], "max_eval_blocks": 1, "eval_steps": 1, "logging_steps": 1}
     logs = _train(settings, moe_checkpoint, tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
-    # 128 tokens a step; each second that is counted would halve this at least.
-    assert min(entry["tokens_per_second"] for entry in logs[1:] if "lm_loss" in entry) > 128
+    # 128 tokens a step, and an hour for each evaluation and checkpoint.
+    assert waited_s == 6 * 3600
+    assert min(entry["tokens_per_second"] for entry in logs[1:] if "lm_loss" in entry) > 1
 
 
 def test_origin_and_licence_of_the_start_go_with_the_final_model(settings, moe_checkpoint, tmp_path):
