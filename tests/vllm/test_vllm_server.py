@@ -7,6 +7,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,12 @@ def _server(folder: Path, scratch: Path) -> Iterator[str]:
         process.communicate(timeout=60)
 
 
+def _post(address: str, content: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(address, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as response:
+        return json.load(response)
+
+
 @pytest.mark.slow
 def test_a_server_completes_text_as_transformers_does(dense, text_file, tmp_path):
     folder = tmp_path / "moe"
@@ -63,12 +70,7 @@ def test_a_server_completes_text_as_transformers_does(dense, text_file, tmp_path
     request = {"model": "moe", "prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0}
     request |= {"return_token_ids": True, "ignore_eos": True}
     with _server(folder, tmp_path) as address:
-        with urllib.request.urlopen(
-            urllib.request.Request(
-                f"{address}/v1/completions", json.dumps(request).encode(), {"Content-Type": "application/json"}
-            )
-        ) as response:
-            answer = json.load(response)["choices"][0]
+        answer = _post(f"{address}/v1/completions", request)["choices"][0]
 
     assert answer["token_ids"] == expected
     assert answer["text"] == tokenizer.decode(expected, skip_special_tokens=True)
