@@ -144,7 +144,15 @@ def test_only_our_own_model_asks_for_trust(after_steps, kind):
         ((), HUB_PARENT["name"], None),
         ((EXPORT,), HUB_PARENT["name"], None),
         ((TRAIN,), HUB_PARENT["name"], "finetune"),
-        ((TRAIN, PRUNE | {"source": {"name": "org/moe", "revision": "abc"}}, EXPORT), "org/moe", "finetune"),
+        (
+            (
+                TRAIN | {"source": {"name": "org/fresh", "revision": "abc"}},
+                PRUNE | {"source": {"name": "org/trained", "revision": "def"}},
+                EXPORT,
+            ),
+            "org/trained",
+            "finetune",
+        ),
     ],
 )
 def test_the_base_model_is_the_nearest_one_on_the_hub(after_steps, steps, base_model, relation):
@@ -157,7 +165,10 @@ def test_a_model_of_several_is_a_merge(after_steps):
     both = {
         **checkpoint.provenance,
         "expert_sources": [{"name": "org/other", "revision": "4567"}],
-        "description": {**checkpoint.description, "terms": [{"license": "mit"}, {"license": "mit", "language": "de"}]},
+        "description": {
+            **checkpoint.description,
+            "terms": [{"license": "mit", "language": ["de"]}, {"license": "mit"}],
+        },
     }
     data = card_of(dataclasses.replace(checkpoint, provenance=both)).data
     assert (data.base_model, data.base_model_relation) == ([HUB_PARENT["name"], "org/other"], "merge")
@@ -240,7 +251,7 @@ def test_a_training_that_kept_no_provenance_is_told_of(copied):
     log = [
         {"step": 5, "loss": 3.5, "lm_loss": 3.4, "router/layer_00/entropy": 1.0, "router/layer_00/dead_experts": 3},
         {"step": 5, "eval_math_loss": 3.0},
-        {"step": 10, "loss": 3.1, "lm_loss": 3.0, "router/layer_10/entropy": 1.0, "router/layer_02/entropy": 1.1},
+        {"step": 10, "loss": 3.1, "lm_loss": 3.0, "router/layer_100/entropy": 1.0, "router/layer_99/entropy": 1.1},
         {"step": 10, "eval_math_loss": 2.0, "eval_math_runtime": 1.0},
         {"step": 10, "eval_loss": 2.0},
         {"step": 10, "train_loss": 3.2},
@@ -251,7 +262,7 @@ def test_a_training_that_kept_no_provenance_is_told_of(copied):
     (copied / "training_config.yaml").write_text(settings, encoding="utf-8")
     (step,) = read_checkpoint(copied).steps
     assert (step["loss"], step["evaluation"]) == (3.0, {"math": 2.0, "all": 2.0})
-    assert [layer["layer"] for layer in step["routers"]] == [2, 10]
+    assert [layer["layer"] for layer in step["routers"]] == [99, 100]
     write_card(copied)
     text = (copied / "README.md").read_text(encoding="utf-8")
     assert "**train** for 10 steps, on `text.parquet`; validation loss 2.0000 at the end." in text
