@@ -46,7 +46,8 @@ _REASONS = (
     ("*.log", "log"),
     ("routing.jsonl", "log"),
     ("router_probes", "log"),
-    ("router_saturation.*", "log"),
+    ("router_saturation.json", "log"),
+    ("*.png", "picture that the card does not show"),
 )
 # Pictures in Markdown, and in the HTML that Markdown may hold.
 _PICTURE = re.compile(r"""!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img\b[^>]*?\bsrc\s*=\s*["']([^"']+)""")

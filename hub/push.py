@@ -158,20 +158,9 @@ def push(upload: Upload, destination: Destination, progress: Progress | None = N
             is_private = destination.private
         if destination.revision != DEFAULT_BRANCH:
             api.create_branch(destination.repo_id, branch=destination.revision, exist_ok=True)
-        additions = [CommitOperationAdd(file.path, upload.folder / file.path) for file in upload.files]
-        weights = [addition for addition in additions if addition.path_in_repo.endswith(".safetensors")]
-        others = [addition for addition in additions if addition not in weights]
-        # Weights one by one: what has arrived need not be sent again. No .gitignore there keeps any of them out.
-        for batch in (others, *([addition] for addition in weights)):
-            api.preupload_lfs_files(additions=batch, free_memory=False, gitignore_content="", **target)
-        removed = sorted(_stale_weights(api, upload, target))
-        commit = api.create_commit(
-            operations=[*additions, *map(CommitOperationDelete, removed)],
-            commit_message="Upload checkpoint with upcycled-moe",
-            **target,
-        )
+        commit, removed = _upload(api, upload, target)
     branch = "" if destination.revision == DEFAULT_BRANCH else f"/tree/{destination.revision}"
-    return PushResult(f"{api.endpoint}/{destination.repo_id}{branch}", commit.oid, is_private, tuple(removed))
+    return PushResult(f"{api.endpoint}/{destination.repo_id}{branch}", commit, is_private, removed)
 
 
 def push_written(folder: str | Path, destination: Destination, progress: Progress | None = None) -> PushResult:
@@ -202,6 +191,23 @@ def _check_card(api: HfApi, upload: Upload) -> None:
     hf_raise_for_status(response)
 
 
+def _upload(api: HfApi, upload: Upload, target: dict[str, str]) -> tuple[str, tuple[str, ...]]:
+    """Return the commit with all files, and the files that it removed."""
+    additions = [CommitOperationAdd(file.path, upload.folder / file.path) for file in upload.files]
+    weights = [addition for addition in additions if addition.path_in_repo.endswith(".safetensors")]
+    others = [addition for addition in additions if addition not in weights]
+    # Weights one by one: what has arrived need not be sent again. No .gitignore there keeps any of them out.
+    for batch in (others, *([addition] for addition in weights)):
+        api.preupload_lfs_files(additions=batch, free_memory=False, gitignore_content="", **target)
+    removed = tuple(sorted(_stale_weights(api, upload, target)))
+    commit = api.create_commit(
+        operations=[*additions, *map(CommitOperationDelete, removed)],
+        commit_message="Upload checkpoint with upcycled-moe",
+        **target,
+    )
+    return commit.oid, removed
+
+
 def _stale_weights(api: HfApi, upload: Upload, target: dict[str, str]) -> set[str]:
     """Return the weight files of an earlier model that would stay: Transformers might load them instead."""
     return set(filter(is_weights, api.list_repo_files(**target))) - {file.path for file in upload.files}
@@ -218,9 +224,13 @@ def _talking(destination: Destination) -> Iterator[None]:
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         if getattr(error, "filename", None) is not None:
             raise  # a file here, not the Hub
-        answer = _answer_of(error)
+        causes = list(_causes(error))
+        answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
         if answer is None:
-            raise PushError(f"{destination.repo_id}: the Hub cannot be reached ({_kind(error)}).") from error
+            is_network = any(isinstance(cause, OSError | HTTPError) for cause in causes)
+            problem = "the Hub cannot be reached" if is_network else "the upload failed"
+            kind = type(causes[-1]).__name__
+            raise PushError(f"{destination.repo_id}: {problem} ({kind}: {_line(causes[-1])}).") from error
         status, reason = answer.response.status_code, _reason(answer)
         if status == 401:
             raise SettingsError(
@@ -234,23 +244,16 @@ def _talking(destination: Destination) -> Iterator[None]:
         raise PushError(f"{destination.repo_id}: the Hub failed ({reason}).") from error
 
 
-def _answer_of(error: BaseException | None) -> HfHubHTTPError | None:
-    """Return the Hub's own answer among `error` and its causes."""
-    while error is not None and not isinstance(error, HfHubHTTPError):
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Give `error` and what it came from, the first cause last."""
+    while error is not None:
+        yield error
         error = error.__cause__
-    return error
 
 
 def _reason(answer: HfHubHTTPError) -> str:
     status = f"{answer.response.status_code} {answer.response.reason_phrase}".strip()
     return f"{status}: {_line(answer.server_message)}" if answer.server_message else status
-
-
-def _kind(error: BaseException) -> str:
-    """Return what went wrong underneath, without an address."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {_line(error)}"
 
 
 def _line(text: object) -> str:

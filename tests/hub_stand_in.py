@@ -57,6 +57,7 @@ class HubStandIn(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
         self.log: list[Request] = []
+        self.quota_bytes = 10**9
         self.fail: Callable[[Request], int | str | None] = lambda request: None
 
     def files(self, repo_id: str, branch: str = "main") -> dict[str, bytes]:
@@ -252,6 +253,8 @@ class _Handler(BaseHTTPRequestHandler):
         oid, size, endpoint = thing["oid"], thing["size"], self.server.endpoint
         if oid in self.server.objects:
             return thing
+        if size > self.server.quota_bytes:
+            return {**thing, "error": {"code": 403, "message": "Storage quota exceeded"}}
         upload = {"href": f"{endpoint}/objects/{oid}?X-Signature=secret"}
         if size > PART_BYTES:
             numbers = range(1, -(-size // PART_BYTES) + 1)

@@ -49,6 +49,7 @@ def test_everything_else_stays_and_is_listed_with_the_reason(checkpoint):
         "results.json": "link",
         "NOTICE": "link",
         "linked": "link",
+        "private_photo.png": "picture that the card does not show",
         "steal.py": "not known as part of a checkpoint",
         "model-00009-of-00009.safetensors": "weights that nothing loads",
     }

@@ -209,6 +209,13 @@ def test_a_failing_hub_is_one_line_without_signed_addresses(hub, pushed_checkpoi
     assert len(hub.asked("^PUT")) == (6 * 2 if status == 500 else 2)
 
 
+def test_a_full_quota_is_told_by_the_hubs_own_words(hub, pushed_checkpoint):
+    hub.quota_bytes = 90_000
+    with pytest.raises(PushError, match=r"^org/moe: the upload failed \(.*Storage quota exceeded\)\.$"):
+        push(plan_upload(pushed_checkpoint), PRIVATE)
+    assert hub.files("org/moe") == {}
+
+
 def test_a_moments_trouble_is_waited_out(monkeypatch, pushed_checkpoint):
     waited = []
     with running_hub(monkeypatch, waits=waited.append) as hub:
