@@ -131,6 +131,8 @@ def _perplexity_results(evaluation: Evaluation) -> list[EvalResult]:
             task_type="text-generation",
             dataset_type=hub_ids[0] if len(sources) == len(hub_ids) == 1 else "text",
             dataset_name=domain,
+            # By which the Hub tells the domains apart.
+            dataset_config=domain,
             dataset_split=evaluation.settings.get("split"),
             metric_type=metric,
             metric_name=metric,

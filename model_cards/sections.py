@@ -143,7 +143,7 @@ def _training(checkpoint: Checkpoint) -> dict[str, Any] | None:
     if len(losses) == 2:
         losses.pop("all", None)  # it says the same again
     rows = [
-        {"domain": domain, "loss": f"{loss:.4f}", "perplexity": f"{perplexity(loss):.4g}"}
+        {"domain": domain, "loss": f"{loss:.4f}", "perplexity": f"{perplexity(loss):,.2f}"}
         for domain, loss in sorted(losses.items(), key=lambda row: row[0] == "all")
     ]
     routers = [
@@ -192,7 +192,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
         {
             "name": domain,
             "perplexities": [
-                number((one["domains"].get(domain) or {}).get("perplexity"), ".4g") for one in checkpoints
+                number((one["domains"].get(domain) or {}).get("perplexity"), ",.2f") for one in checkpoints
             ],
             "bits": [number((one["domains"].get(domain) or {}).get("bits_per_byte"), ".3f") for one in checkpoints],
         }

@@ -66,7 +66,7 @@ def _prune(step: Mapping[str, Any]) -> str:
     losses = [(step.get("loss") or {}).get(name) or {} for name in ("before", "after")]
     if all("mean" in loss for loss in losses):
         before, after = (perplexity(loss["mean"]) for loss in losses)
-        text += f"; perplexity {before:.4g} before, {after:.4g} after"
+        text += f"; perplexity {before:,.2f} before, {after:,.2f} after"
     return f"{text}."
 
 

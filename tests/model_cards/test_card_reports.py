@@ -23,7 +23,9 @@ def entry(path, accuracy, perplexity):
             "boolq": {"acc": {"value": 0.5, "stderr": None}},
         },
         "averages": {"Average": {"score": {"value": accuracy / 2, "stderr": None}, "tasks": ["copa"], "missing": []}},
-        "domains": {"math": {"perplexity": perplexity, "bits_per_byte": 1.5, "num_tokens": 4096}},
+        "domains": {
+            domain: {"perplexity": perplexity, "bits_per_byte": 1.5, "num_tokens": 4096} for domain in ("math", "code")
+        },
     }
 
 
@@ -76,11 +78,13 @@ def test_scores_are_in_the_model_index(moe, scores):
         ("aps/super_glue", "copa", "acc", 0.666667),
         ("aps/super_glue", "copa", "acc_stderr", 0.0123457),
         ("aps/super_glue", "boolq", "acc", 0.5),
-        ("org/text", None, "perplexity", 10.1235),
-        ("org/text", None, "bits_per_byte", 1.5),
+        ("org/text", "math", "perplexity", 10.1235),
+        ("org/text", "math", "bits_per_byte", 1.5),
+        ("org/text", "code", "perplexity", 10.1235),
+        ("org/text", "code", "bits_per_byte", 1.5),
     ]
     # A part of a set does not pass for the whole.
-    assert [one.dataset_name for one in results][1:4] == ["copa (first 20 of 100 items)", "boolq", "math"]
+    assert [one.dataset_name for one in results][1:5] == ["copa (first 20 of 100 items)", "boolq", "math", "math"]
 
 
 def test_the_model_stands_before_those_it_is_compared_with(moe, scores):
@@ -90,7 +94,7 @@ def test_the_model_stands_before_those_it_is_compared_with(moe, scores):
         "| copa | acc | 20 | 0.500 | 0.667 ± 0.012 | 0.600 ± 0.012 |",
         "| boolq | acc | 100 | – | 0.500 | 0.500 |",
         "| *Average* | | | | 0.333 | 0.300 |",
-        "| math | 10.12 | 20 |",
+        "| math | 10.12 | 20.00 |",
         "- A quick look.",
     ):
         assert f"\n{row}\n" in text

@@ -87,7 +87,7 @@ def test_no_card_has_gaps(after_steps, kind):
             "validation loss 2.2500 at the end.",
             "| `learning_rate` | 0.0003 |",
             "| Last training loss | 2.5123 |",
-            "| wiki | 2.5000 | 12.18 |\n| all | 2.2500 | 9.488 |",
+            "| wiki | 2.5000 | 12.18 |\n| all | 2.2500 | 9.49 |",
             "| 0 | 1.235 | 1.50 | 0 |\n| 2 | – | – | – |",
             "Whatever its parent gets wrong, this model may get wrong too.",
             "| Experts | 4 a layer, 2 active: copies of the FFN |",
@@ -95,7 +95,7 @@ def test_no_card_has_gaps(after_steps, kind):
         "pruned": [
             "with 2 experts a layer, 1 of them active for each token,",
             "3. **prune** 4 experts a layer to 2, by `reap`, with 1 active instead of 2; "
-            "perplexity 7.389 before, 8.166 after.",
+            "perplexity 7.39 before, 8.17 after.",
             "| Experts | 2 a layer, 1 active |",
             "Which experts went was decided on a sample of text",
             "https://huggingface.co/papers/2510.13999",
@@ -267,5 +267,5 @@ def test_a_training_that_kept_no_provenance_is_told_of(copied):
     text = (copied / "README.md").read_text(encoding="utf-8")
     assert "**train** for 10 steps, on `text.parquet`; validation loss 2.0000 at the end." in text
     # One domain is all there is.
-    assert "| math | 2.0000 | 7.389 |" in text
+    assert "| math | 2.0000 | 7.39 |" in text
     assert "| all |" not in text
