@@ -3,7 +3,14 @@
 import json
 
 import pytest
+from dense_checkpoints import sample_text
 from moe_checkpoints import write_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def _no_collection(monkeypatch):
+    """The models are small, and all that a process of tests holds takes a third of a second to go through."""
+    monkeypatch.setattr("upcycled_moe.pruning.prune.free_memory", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -12,12 +19,19 @@ def moe(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("pruned") / "moe", "linear")
 
 
+@pytest.fixture(scope="module")
+def short_text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "sample.txt"
+    path.write_text(sample_text(200), encoding="utf-8")
+    return path
+
+
 @pytest.fixture
-def arguments(moe, text_file, tmp_path):
+def arguments(moe, short_text, tmp_path):
     """`arguments(*options)`: a short pruning to two experts in `tmp_path / "out"`."""
 
     def make(*options):
-        text = ("--data", text_file, "--tokens-per-domain", 256, "--block-size", 64)
+        text = ("--data", short_text, "--tokens-per-domain", 256, "--block-size", 64)
         return ["prune", moe, tmp_path / "out", "--num-experts", 2, *text, *options]
 
     return make

@@ -15,7 +15,7 @@ from upcycled_moe.pruning.tensors import PrunedLayer, pruned_config, pruned_tens
 
 KEPT = {0: [1, 3], 1: [0, 2], 2: [2, 3]}
 MIXTURE = {"router_type": "mixture", "num_routers": 4, "router_head_dim": 8}
-FREE = {"num_zero_experts": 1, "num_copy_experts": 1, "num_constant_experts": 2}
+FREE = {"num_zero_experts": 1, "num_copy_experts": 1, "num_constant_experts": 1}
 MODELS = {
     "linear": {"router_type": "linear"},
     "mixture": MIXTURE,
@@ -25,8 +25,8 @@ MODELS = {
     "several keys and free experts": {
         **MIXTURE,
         **FREE,
-        "num_router_keys": 16,
-        "expert_nodes": [0, 0, 1, 1] + [0] * 4,
+        "num_router_keys": 14,
+        "expert_nodes": [0, 0, 1, 1] + [0] * 3,
     },
     "bias": {"router_type": "mlp", "use_router_bias": True, **FREE},
     "shared": {"router_type": "linear", "shared_expert_intermediate_size": 16, "tie_word_embeddings": True},
@@ -83,7 +83,7 @@ def test_it_is_the_model_sliced_by_hand(tmp_path, name):
     assert pruned.config.num_experts == 2
     assert derived.total_parameters == sum(parameter.numel() for parameter in pruned.parameters())
     if "expert_nodes" in MODELS[name]:
-        assert pruned.config.expert_nodes == [0, 1] + [0] * 4
+        assert pruned.config.expert_nodes == [0, 1] + [0] * 3
     with torch.no_grad():
         assert pruned(torch.arange(3, 20)[None]).logits.isfinite().all()
 
