@@ -268,14 +268,24 @@ def test_tokens_per_second_leaves_out_evaluation_and_saving(
 
 
 def test_origin_and_licence_of_the_start_go_with_the_final_model(settings, moe_checkpoint, tmp_path):
-    start = tmp_path / "start"
+    start, out = tmp_path / "start", tmp_path / "out"
     shutil.copytree(moe_checkpoint, start)
-    for name in ("upcycling.json", "LICENSE", "NOTICE.txt"):
+    for name in ("LICENSE", "NOTICE.txt"):
         (start / name).write_text(name)
-    _train(settings, start, tmp_path / "out", max_steps=1)
+    origin = {"source": {"name": "org/dense", "revision": "0123abc"}}
+    (start / "upcycling.json").write_text(json.dumps(origin))
+    _train(settings, start, out, max_steps=2, save_strategy="steps", save_steps=1)
 
-    for name in ("upcycling.json", "LICENSE", "NOTICE.txt"):
-        assert (tmp_path / "out" / name).read_text() == name
+    for folder, num_steps in ((out, 2), (out / "checkpoint-1", 1)):
+        for name in ("LICENSE", "NOTICE.txt"):
+            assert (folder / name).read_text() == name
+        provenance = json.loads((folder / "upcycling.json").read_text())
+        (trained,) = provenance.pop("steps")
+        assert provenance == origin
+        assert (trained["steps"], trained["tokens"]) == (num_steps, num_steps * 128)
+        card = (folder / "README.md").read_text()
+        assert "[org/dense](https://huggingface.co/org/dense)" in card
+        assert f"**train** for {num_steps} step" in card
 
 
 def test_blocks_longer_than_the_positions_are_refused(settings, moe_checkpoint, tmp_path, capsys):

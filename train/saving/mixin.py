@@ -211,9 +211,6 @@ class SavingMixin:
                     callback.on_model(self.args, self.state, final)
         self.accelerator.wait_for_everyone()
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Leave the card as [`CardCallback`] writes it; the Trainer's own would say less."""
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         config = getattr(self.model, "config", None)
         if self._use_cache_at_start is None:
