@@ -83,4 +83,9 @@ def _reader_notes(source: MoeSource, target: Target) -> list[str]:
         )
     if "o_proj" in nonzero_attention_biases(source):
         notes.append(f"vLLM's own {target.name} leaves out the bias of o_proj; {_VLLM_WAY_OUT}")
+    if "sliding_attention" in config.layer_types:
+        notes.append(
+            f"llama.cpp's {target.name} has no sliding window: beyond {config.sliding_window} tokens a GGUF of this "
+            "computes something else."
+        )
     return notes
