@@ -60,7 +60,7 @@ def read_analysis(path: Path, folder: Path) -> Analysis:
     Raises:
         SettingsError: if the file is not that of an analysis, or none of its checkpoints is this one.
     """
-    content = read_report(path, ("checkpoints", "domains"), "`upcycled-moe analyze`")
+    content = read_report(path, ("checkpoints", "domains"), ("measures", "layers"), "`upcycled-moe analyze`")
     own = own_entry(content["checkpoints"], folder, path)
     pictures = {path.with_name(name): shows for name, shows in PICTURES.items() if path.with_name(name).is_file()}
     return Analysis(own, content["domains"], pictures)

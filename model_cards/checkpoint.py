@@ -89,7 +89,7 @@ class Checkpoint:
     @cached_property
     def steps(self) -> list[Mapping[str, Any]]:
         """What was done after the conversion, in order."""
-        return list(self.provenance.get("steps", []))
+        return _steps(self.provenance)
 
     @property
     def is_trained(self) -> bool:
@@ -141,8 +141,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     config = read_config(str(folder), folder)
     provenance = read_provenance(folder) or {}
-    steps = provenance.get("steps", [])
-    if not any(step.get("command") == "train" for step in steps) and (facts := _training_in(folder)) is not None:
+    steps = _steps(provenance)
+    if not any(step["command"] == "train" for step in steps) and (facts := _training_in(folder)) is not None:
         provenance = {**provenance, "steps": [*steps, {"command": "train", **facts}]}
     return Checkpoint(
         name=folder.resolve().name,
@@ -151,6 +151,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         weights=_read_weights(folder, config),
         has_tokenizer=has_tokenizer(folder),
     )
+
+
+def _steps(provenance: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    steps = provenance.get("steps", [])
+    return [step for step in steps if isinstance(step, dict) and "command" in step] if isinstance(steps, list) else []
 
 
 def _training_in(folder: Path) -> dict[str, Any] | None:

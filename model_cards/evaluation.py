@@ -57,14 +57,18 @@ def read_evaluation(path: Path, folder: Path) -> Evaluation:
     Raises:
         SettingsError: if the file is not that of an evaluation, or none of its checkpoints is this one.
     """
-    content = read_report(path, ("checkpoints", "tasks", "settings"), "`upcycled-moe evaluate`")
+    writer = "`upcycled-moe evaluate`"
+    content = read_report(path, ("checkpoints", "tasks", "settings"), ("tasks", "averages", "domains"), writer)
     own = own_entry(content["checkpoints"], folder, path)
     others = [entry for entry in content["checkpoints"] if entry is not own]
     return Evaluation(own, others, content["tasks"], content.get("notes", []), content["settings"])
 
 
-def read_report(path: Path, keys: Sequence[str], writer: str) -> dict[str, Any]:
-    """Return the JSON object in `path`, which has all `keys`; `writer` says what writes such a file.
+def read_report(path: Path, keys: Sequence[str], entry_keys: Sequence[str], writer: str) -> dict[str, Any]:
+    """Return the JSON object in `path`, with all `keys`, each of its checkpoints with all `entry_keys`.
+
+    Args:
+        writer: what writes such a file, for the error.
 
     Raises:
         SettingsError: if it is not such a file.
@@ -75,9 +79,16 @@ def read_report(path: Path, keys: Sequence[str], writer: str) -> dict[str, Any]:
         raise SettingsError(f"{path}: cannot be read ({error.strerror}).") from error
     except ValueError as error:
         raise SettingsError(f"{path}: not a JSON file ({error}).") from error
-    if not isinstance(content, dict) or not all(key in content for key in keys):
-        raise SettingsError(f"{path}: has no {', '.join(keys)}; give a file that {writer} wrote.")
+    _check_keys(path, content, keys, writer)
+    for entry in content["checkpoints"]:
+        _check_keys(path, entry, entry_keys, writer)
     return content
+
+
+def _check_keys(path: Path, content: Any, keys: Sequence[str], writer: str) -> None:
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise SettingsError(f"{path}: has no {', '.join(missing)}; give a file that {writer} wrote.")
 
 
 def evaluation_results(evaluations: Sequence[Evaluation]) -> list[EvalResult]:

@@ -98,7 +98,7 @@ def _properties(checkpoint: Checkpoint) -> dict[str, str]:
         rows["Router"] = checkpoint.description["router"]
     else:
         rows["Architecture"] = checkpoint.architecture
-        rows["Layers"] = str(config["num_hidden_layers"])
+        rows["Layers"] = str(config.get("num_hidden_layers", "–"))
         if checkpoint.num_experts is not None:
             rows["Experts"] = f"{checkpoint.num_experts} a layer, {num_active_experts(checkpoint)} active"
         if config.get("shared_expert_intermediate_size"):

@@ -119,7 +119,12 @@ def test_one_of_two_of_the_same_name_is_not_guessed(moe, scores):
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [("{", "not a JSON file"), ("[]", "has no checkpoints, tasks, settings"), ('{"checkpoints": []}', "has no")],
+    [
+        ("{", "not a JSON file"),
+        ("[]", "has no checkpoints, tasks, settings"),
+        ('{"checkpoints": []}', "has no tasks, settings"),
+        ('{"checkpoints": [{"tasks": {}}], "tasks": [], "settings": {}}', "has no averages, domains"),
+    ],
 )
 def test_another_file_is_refused(moe, tmp_path, content, problem):
     path = tmp_path / "results.json"

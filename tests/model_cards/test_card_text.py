@@ -210,6 +210,14 @@ def test_an_unknown_licence_is_not_made_up(moe):
     assert re.search(r"## Licence\n\nThe terms of `\S+` apply; which these are, its card did not say\.", card.text)
 
 
+def test_a_classifier_is_loaded_as_one(after_steps):
+    card = card_of(after_steps(architectures=["UpcycledQwenMoeForSequenceClassification"]))
+    assert card.data.pipeline_tag == "text-classification"
+    assert "AutoModelForSequenceClassification.from_pretrained(path, trust" in card.text
+    assert "print(model(**inputs).logits)" in card.text
+    assert "generate" not in card.text
+
+
 def test_every_paper_has_a_title():
     assert {number for _, _, number in PAPERS} | set(STEP_PAPERS.values()) <= set(TITLES)
 
