@@ -17,9 +17,10 @@ PAUSE_S = 8
 
 @dataclass(frozen=True)
 class Run:
-    """Wall seconds and largest resident memory of one finished process."""
+    """Wall seconds, seconds of the processors and largest resident memory of one finished process."""
 
     wall_s: float
+    cpu_s: float
     peak_memory_bytes: int
 
 
@@ -42,7 +43,7 @@ def run_process(command: Sequence[str], log: Path) -> Run:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         raise RuntimeError(f"{command[0]} failed with status {process.returncode}:\n{log.read_text()[-2000:]}")
-    return Run(wall_s, usage.ru_maxrss * 1024)
+    return Run(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
 def spread(values: Sequence[float]) -> str:
