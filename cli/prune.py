@@ -4,7 +4,9 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from ..common.settings import parse_size
 from ..pruning.settings import CALIBRATION_SPLIT, EVALUATION_SPLIT, METHODS, PruneSettings
+from .export import MAX_SHARD_SIZE
 from .text_options import PASS_MEMORY_ADVICE, add_pass_options, add_text_options, text_settings
 
 
@@ -39,6 +41,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument(
         "--num-experts-per-tok", metavar="K", type=int, help="experts of a token from now on (default: as before)"
     )
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", default=MAX_SHARD_SIZE, help="of a weight file (default: %(default)s)"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of CKPT on the Hub")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--dry-run", action="store_true", help="show which experts would be kept and write nothing")
@@ -65,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
         method=options.method,
         num_experts=options.num_experts,
         calibration=text_settings(options),
+        max_shard_bytes=parse_size("max_shard_size", options.max_shard_size),
         num_experts_per_tok=options.num_experts_per_tok,
         evaluation_data=options.eval_data,
         evaluation_split=options.eval_split,

@@ -57,7 +57,7 @@ def num_parts(config: UpcycledQwenMoeConfig, provenance: Mapping[str, Any] | Non
 
 def _num_slices(provenance: Mapping[str, Any] | None) -> int:
     recipe = (provenance or {}).get("recipe") or {}
-    return recipe["expert_granularity"] if recipe.get("experts") == "split" else 1
+    return recipe.get("expert_granularity", 1) if recipe.get("experts") == "split" else 1
 
 
 def _num_nodes(config: UpcycledQwenMoeConfig) -> int:

@@ -23,13 +23,14 @@ from ..common.settings import SettingsError
 from ..common.streaming.planned import into_shards
 from ..common.text_blocks import check_tokens, read_blocks
 from ..common.text_files import find_files
+from ..common.text_settings import TextSettings
 from ..model_cards.card import write_card
 from .alignment import check_assignment, merged_expert
 from .choice import kept_experts, merge_groups, num_parts
 from .losses import domains_in_common, measure_losses
 from .results import LayerResult, Losses, PruneResult
 from .scores import SCORES, LogitSimilarity
-from .settings import MAX_SHARD_BYTES, PruneSettings
+from .settings import PruneSettings
 from .tensors import PrunedLayer, fused_experts, pruned_config, pruned_tensors
 
 
@@ -75,12 +76,14 @@ def prune(
     config = pruned_config(source.config, settings.num_experts, settings.num_experts_per_tok)
     first = PrunedLayer(range(settings.num_experts))
     # Which experts are kept changes no size.
-    check_derived(_derived(source, config, dict.fromkeys(config.moe_layers, first)), out, _read(settings), overwrite)
-    text = _read_text(source, settings)
+    same_size = _derived(source, config, dict.fromkeys(config.moe_layers, first), settings)
+    evaluation = _evaluation_text(source, settings)
+    check_derived(same_size, out, _files(settings.calibration, evaluation), overwrite)
+    text = _read_text(source, settings.calibration, evaluation)
     scores, similarity, before = _look_at(source, settings, text, progress)
     results = _choose(config.moe_layers, scores, similarity, settings.num_experts, parts)
     layers = _pruned_layers(source, results, progress)
-    derived = _derived(source, config, layers)
+    derived = _derived(source, config, layers, settings)
     result = PruneResult(
         folder=None if dry_run else out,
         settings=_settings_as_json(settings, source.config, config),
@@ -104,36 +107,44 @@ def prune(
     return result
 
 
-def _derived(source: MoeSource, config: UpcycledQwenMoeConfig, layers: Mapping[int, PrunedLayer]) -> DerivedCheckpoint:
-    return DerivedCheckpoint(source, config, into_shards(pruned_tensors(source, config, layers), MAX_SHARD_BYTES))
+def _derived(
+    source: MoeSource, config: UpcycledQwenMoeConfig, layers: Mapping[int, PrunedLayer], settings: PruneSettings
+) -> DerivedCheckpoint:
+    shards = into_shards(pruned_tensors(source, config, layers), settings.max_shard_bytes)
+    return DerivedCheckpoint(source, config, shards)
 
 
-def _read(settings: PruneSettings) -> list[Path]:
+def _evaluation_text(source: MoeSource, settings: PruneSettings) -> TextSettings | None:
+    """Return the text that the loss is measured on; None if the model predicts none.
+
+    Raises:
+        SettingsError: if there is some all the same.
+    """
+    if source.config.architectures[0].endswith("ForCausalLM"):
+        data = settings.evaluation_data or settings.calibration.data
+        return replace(settings.calibration, data=data, split=settings.evaluation_split)
+    if settings.evaluation_data:
+        raise SettingsError(f"{source.name}: is a classifier, which predicts no text; leave --eval-data out.")
+    return None
+
+
+def _files(*texts: TextSettings | None) -> list[Path]:
     """Return the files that are read beside the checkpoint."""
-    found = []
-    for split, data in (
-        (settings.calibration.split, settings.calibration.data),
-        (settings.evaluation_split, settings.evaluation_data),
-    ):
-        found += [file for source in data for file in find_files(source, split, whole_folders=True)]
-    return found
+    return [
+        file
+        for text in filter(None, texts)
+        for name in text.data
+        for file in find_files(name, text.split, whole_folders=True)
+    ]
 
 
-def _read_text(source: MoeSource, settings: PruneSettings) -> _Text:
-    calibration = settings.calibration
+def _read_text(source: MoeSource, calibration: TextSettings, evaluation: TextSettings | None) -> _Text:
     block_size = calibration.block_size_for({source.name: source.config.max_position_embeddings})
     tokenizer = load_tokenizer(str(source.folder), config=source.config)
-    text = _Text(tokenizer, read_blocks(calibration, tokenizer, block_size), None)
-    if source.config.architectures[0].endswith("ForCausalLM"):
-        evaluation = replace(
-            calibration,
-            data=settings.evaluation_data or calibration.data,
-            split=settings.evaluation_split,
-        )
-        text = replace(text, evaluation=read_blocks(evaluation, tokenizer, block_size))
-    for domains in filter(None, (text.calibration, text.evaluation)):
-        check_tokens(source.name, domains, source.config)
-    return text
+    domains = [text and read_blocks(text, tokenizer, block_size) for text in (calibration, evaluation)]
+    for found in filter(None, domains):
+        check_tokens(source.name, found, source.config)
+    return _Text(tokenizer, *domains)
 
 
 def _notes(text: _Text) -> list[str]:

@@ -17,8 +17,6 @@ METHODS = {
 # Scores come from text that the model may have seen, the loss from text that it has not.
 CALIBRATION_SPLIT = "train"
 EVALUATION_SPLIT = "validation"
-# Of the files that are written, as `convert` has it.
-MAX_SHARD_BYTES = 5 * 1000**3
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,7 @@ class PruneSettings:
         method: one of `METHODS`.
         num_experts: experts with computation that every MoE layer keeps.
         calibration: text that the scores come from, and how the model runs over all text.
+        max_shard_bytes: largest file to write; one is larger only if a tensor is.
         num_experts_per_tok: of the new model; by default as before.
         evaluation_data: text that the loss is measured on; by default the sources of the calibration text.
         evaluation_split: of folders and Hub datasets in it.
@@ -40,6 +39,7 @@ class PruneSettings:
     method: str
     num_experts: int
     calibration: TextSettings
+    max_shard_bytes: int
     num_experts_per_tok: int | None = None
     evaluation_data: Sequence[str] = ()
     evaluation_split: str = EVALUATION_SPLIT

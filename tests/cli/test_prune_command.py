@@ -88,6 +88,7 @@ def test_a_dry_run_shows_groups_and_writes_nothing(upcycled_moe, arguments, tmp_
     [
         (["--num-experts", 4], "num_experts=4 must be below the 4 experts"),
         (["--num-experts", 1], "exceeds the 1 experts that are left; keep more, or lower it (--num-experts-per-tok)."),
+        (["--max-shard-size", "much"], "max_shard_size='much' is not a size"),
         (["--block-size", 100], "block_size=100 exceeds the 64 positions"),
         (["--eval-data", "missing.txt"], "missing.txt: no such file or folder"),
         (["--method", "random"], "argument --method: invalid choice: 'random'"),

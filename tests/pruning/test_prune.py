@@ -26,7 +26,7 @@ def settings(text):
 
     def make(method="reap", num_experts=2, split="train", **fields):
         calibration = TextSettings(data=[str(text)], split=split, tokens_per_domain=256, block_size=64)
-        return PruneSettings(method=method, num_experts=num_experts, calibration=calibration, **fields)
+        return PruneSettings(method, num_experts, calibration, max_shard_bytes=20_000, **fields)
 
     return make
 
@@ -146,6 +146,8 @@ def test_a_classifier_has_no_loss(tmp_path, settings):
     config = load_config(str(tmp_path / "out"))
     loaded = load_model(str(tmp_path / "out"), config, dtype="auto", device="cpu")
     assert (type(loaded).__name__, config.num_experts) == ("UpcycledQwenMoeForSequenceClassification", 2)
+    with pytest.raises(SettingsError, match="is a classifier, which predicts no text; leave --eval-data out"):
+        prune(source, settings(evaluation_data=["text.txt"]), tmp_path / "out")
 
 
 def test_a_dry_run_writes_nothing(checkpoint, tmp_path, settings):
