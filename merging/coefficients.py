@@ -89,7 +89,7 @@ def load_coefficients(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror}).") from error
     except ValueError as error:
@@ -97,6 +97,13 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise SettingsError(f"{path}: holds a {type(raw).__name__} instead of coefficients; see docs/merge.md.")
     return raw
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]!r} stands in an object twice")
+    return dict(pairs)
 
 
 def _by_layer(values: Any, moe_layers: Sequence[int], where: str) -> dict[int, Any]:

@@ -25,6 +25,7 @@ class ExpertLayout:
         width: I.
         routed_factor: what conversion multiplied the outputs of routed experts with, but for slices.
         shared_factor: what it multiplied that of the shared expert with; None if there is none.
+        is_from_scratch: whether the experts are known to have started at random, and not from an FFN.
     """
 
     moe_layers: tuple[int, ...]
@@ -33,6 +34,7 @@ class ExpertLayout:
     width: int
     routed_factor: float
     shared_factor: float | None
+    is_from_scratch: bool = False
 
     @property
     def has_shared_expert(self) -> bool:
@@ -76,6 +78,7 @@ def expert_layout(source: MoeSource) -> ExpertLayout:
         width=num_slices * config.moe_intermediate_size,
         routed_factor=factors[0],
         shared_factor=factors[1] if has_shared_expert else None,
+        is_from_scratch=recipe is not None and recipe["experts"] == "random",
     )
     _check_width(source, layout)
     return layout

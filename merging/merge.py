@@ -95,7 +95,7 @@ def plan_merge(
 
     # Whatever the coefficients, the result is of one size.
     check_derived(derived(average_coefficients(layout)), out, _read_files(settings), overwrite)
-    _warn(source, progress)
+    _warn(source, layout, progress)
     coefficients, num_tokens = _coefficients(source, layout, settings, progress)
     return MergePlan(settings, coefficients, num_tokens, derived(coefficients))
 
@@ -167,14 +167,13 @@ def _check_slices(path: Path, layout: ExpertLayout, coefficients: MergeCoefficie
                     )
 
 
-def _warn(source: MoeSource, progress: Progress) -> None:
+def _warn(source: MoeSource, layout: ExpertLayout, progress: Progress) -> None:
     num_free = source.config.num_routed_experts - source.config.num_experts
     if num_free:
         progress.warn(
             f"{source.name}: its {num_free} experts without computation have no place in a dense FFN and are left out."
         )
-    recipe = (source.provenance or {}).get("recipe") or {}
-    if recipe.get("experts") == "random":
+    if layout.is_from_scratch:
         progress.warn(
             f"{source.name}: its experts started at random, so their neurons do not correspond and their average "
             "means little; `shared` or one expert alone (coefficients) keeps what was learned."

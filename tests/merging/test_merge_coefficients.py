@@ -44,6 +44,7 @@ def test_numbers_with_seven_digits_are_near_enough_to_one(tmp_path):
     ("content", "message"),
     [
         ("{", "given.json: not valid JSON"),
+        ('{"layers": {"0": [1, 0, 0], "0": [0, 1, 0]}}', "not valid JSON ('0' stands in an object twice)"),
         ("[1]", "holds a list instead of coefficients"),
         (_given(format=2), "format is 2; this version reads 1"),
         ({"layers": {}}, "format is None"),
