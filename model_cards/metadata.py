@@ -52,11 +52,10 @@ def read_terms(folder: Path) -> dict[str, Any]:
 
 def _lineage(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the models on the Hub that this one has something of: the nearest before it, or its dense parents."""
-    if checkpoint.is_from_scratch:
-        return {}
     nearest = [parent_of(step["source"]) for step in reversed(checkpoint.steps) if step.get("source")]
-    parents = [parent for parent in nearest if parent.is_hub_id][:1] or checkpoint.parents
-    names = [parent.name for parent in parents if parent.is_hub_id]
+    dense = [] if checkpoint.is_from_scratch else checkpoint.parents
+    names = [parent.name for parent in nearest if parent.is_hub_id][:1]
+    names = names or [parent.name for parent in dense if parent.is_hub_id]
     if not names:
         return {}
     # Of the relations that the Hub knows, none is that of a model that was only converted.
@@ -88,7 +87,7 @@ def _datasets(checkpoint: Checkpoint) -> list[str]:
     """Return the datasets on the Hub that the model was made with."""
     names = [*checkpoint.description.get("calibration_data", ())]
     for step in checkpoint.steps:
-        names += step["data"] if step["command"] == "train" else ()
+        names += (step.get("data") or ()) if step["command"] == "train" else ()
     # Both record local texts by their last name alone.
     return list(dict.fromkeys(name.partition(":")[0] for name in names if is_hub_dataset(name)))
 

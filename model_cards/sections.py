@@ -8,7 +8,7 @@ from huggingface_hub import ModelCardData
 
 from ..common.numbers import format_bytes, format_count, perplexity
 from .analysis import FIGURES_FOLDER, Analysis
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, parent_of
 from .evaluation import Evaluation
 from .extras import CardExtras
 from .metadata import title
@@ -259,13 +259,19 @@ def _licence(checkpoint: Checkpoint, extras: CardExtras, data: ModelCardData) ->
     name = data.get("license_name") if data.license == "other" else data.license
     if extras.license:
         return f"`{name or data.license}`."
-    if not checkpoint.parents or checkpoint.is_from_scratch:
+    parents = checkpoint.parents
+    if not parents and checkpoint.steps and checkpoint.steps[0].get("source"):
+        # A dense model that was trained.
+        parents = [parent_of(checkpoint.steps[0]["source"])]
+    if not parents or checkpoint.is_from_scratch:
         return None
-    parents = joined(checkpoint.parents)
+    linked = joined(parents)
     if data.license:
         link = data.get("license_link")
         shown = f"[`{name or data.license}`]({link})" if link else f"`{name or data.license}`"
-        return f"{shown}, as {parents}."
-    if len(checkpoint.parents) > 1:
-        return f"The terms of each of {parents} apply; their cards name no licence that they share."
-    return f"The terms of {parents} apply; which these are, its card did not say."
+        return f"{shown}, as {linked}."
+    if len(parents) > 1:
+        return f"The terms of each of {linked} apply; their cards name no licence that they share."
+    if not checkpoint.parents:
+        return f"The terms of {linked} apply."
+    return f"The terms of {linked} apply; which these are, its card did not say."

@@ -30,7 +30,7 @@ def card_problems(text: str, folder: Path | None = None) -> list[str]:
     """
     try:
         card = ModelCard(text)
-    except (ValueError, YAMLError) as error:
+    except (TypeError, ValueError, YAMLError) as error:
         # What follows is advice on an argument of the reader.
         reason = " ".join(str(error).split()).partition(" Pass `ignore")[0]
         return [f"metadata: cannot be read ({reason.rstrip('.')})."]

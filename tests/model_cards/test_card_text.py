@@ -210,6 +210,24 @@ def test_an_unknown_licence_is_not_made_up(moe):
     assert re.search(r"## Licence\n\nThe terms of `\S+` apply; which these are, its card did not say\.", card.text)
 
 
+def test_terms_of_a_dense_model_that_was_trained_are_those_of_its_start(after_steps):
+    step = TRAIN | {"source": {"name": "org/dense", "revision": "main"}}
+    checkpoint = dataclasses.replace(after_steps(**DENSE), provenance={"steps": [step]})
+    card = card_of(checkpoint)
+    assert "## Licence\n\nThe terms of [org/dense](https://huggingface.co/org/dense) apply.\n" in card.text
+    assert (card.data.base_model, card.data.license) == ("org/dense", None)
+
+
+def test_of_a_model_from_scratch_only_what_came_later_is_a_base(after_steps):
+    checkpoint = after_steps(TRAIN, source=HUB_PARENT)
+    recipe = {**checkpoint.recipe, "experts": "random", "backbone": "random"}
+    checkpoint = dataclasses.replace(checkpoint, provenance={**checkpoint.provenance, "recipe": recipe})
+    assert card_of(checkpoint).data.base_model is None
+    step = TRAIN | {"source": {"name": "org/moe", "revision": "main"}}
+    checkpoint = dataclasses.replace(checkpoint, provenance={**checkpoint.provenance, "steps": [step]})
+    assert card_of(checkpoint).data.base_model == "org/moe"
+
+
 def test_a_classifier_is_loaded_as_one(after_steps):
     card = card_of(after_steps(architectures=["UpcycledQwenMoeForSequenceClassification"]))
     assert card.data.pipeline_tag == "text-classification"

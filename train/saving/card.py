@@ -37,6 +37,7 @@ class CardCallback(TrainerCallback):
     Args:
         output_dir: of the run; it has the provenance of the model to start from, if that has one.
         source: name and revision of that model.
+        tokens_per_step: of all processes together.
     """
 
     def __init__(self, output_dir: str, source: dict[str, Any], tokens_per_step: int):

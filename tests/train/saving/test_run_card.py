@@ -30,6 +30,7 @@ def test_each_save_tells_of_the_run_once(run):
     (output_dir / PROVENANCE_FILE).write_text(json.dumps(origin), encoding="utf-8")
     callback = CardCallback(str(output_dir), SOURCE, tokens_per_step=100)
     callback.on_checkpoint(None, STATE, checkpoint)
+    # A model may be saved more than once.
     for _ in range(2):
         callback.on_model(None, STATE, output_dir)
     for folder in run:
@@ -40,6 +41,7 @@ def test_each_save_tells_of_the_run_once(run):
         assert "**train** for 20 steps, 2,000 tokens; validation loss 2.2500 at the end." in card
         data = ModelCard(card).data
         assert (data.base_model, data.base_model_relation) == ("Qwen/Qwen2.5-0.5B", "finetune")
+        assert data.license is None
     assert (checkpoint / "LICENSE").read_text(encoding="utf-8") == "terms"
 
 
