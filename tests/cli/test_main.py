@@ -188,6 +188,7 @@ COMMANDS = {
         "--num-experts",
         "--method",
         "--num-experts-per-tok",
+        "--max-shard-size",
         "--revision",
         "--overwrite",
         "--dry-run",
