@@ -92,9 +92,10 @@ def test_vllm_loads_converted_checkpoints_in_float32_and_in_bfloat16(converted, 
 
     assert in_float32 == {name: greedy_tokens(model, prompts) for name, model in models.items()}
     for name, model in models.items():
+        # Rounding changes which of two near experts a token goes to, and which of two near tokens comes first; it does
+        # not make bad ones the best. A token at random falls short by more than 1.
         regrets = [_regrets(model, *pair) for pair in zip(prompts, in_bfloat16[name], strict=True)]
-        # Rounding may change which of two near tokens comes first; it does not make a bad one the best.
-        assert max(map(max, regrets)) < 0.3, name
+        assert torch.tensor(regrets).mean() < 0.05, name
 
 
 @torch.no_grad()
