@@ -16,7 +16,10 @@ from ..common.output_folder import LOCK_FILE, staging_folder
 from ..common.provenance import PROVENANCE_FILE
 from ..common.settings import SettingsError
 from ..common.streaming.stored import read_config, read_tensors
+from ..model_cards.analysis import ANALYSIS_FILE, FIGURES_FOLDER
 from ..model_cards.card import CARD_FILE
+from ..model_cards.evaluation import EVALUATION_FILE
+from ..model_cards.training import SETTINGS_FILE
 from ..model_cards.validation import card_problems
 
 
@@ -24,8 +27,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # Results that our commands write, and the settings of a training: no state of a run, and nothing that runs.
-RESULT_FILES = ("results.json", "report.json", "report.html", "training_config.yaml")
-FIGURES_FOLDER = "figures"
+RESULT_FILES = (EVALUATION_FILE, ANALYSIS_FILE, "report.html", SETTINGS_FILE)
 
 # Why what is not on the list stays behind, by the first pattern that fits its name.
 _REASONS = (
@@ -156,10 +158,10 @@ def _check_card(folder: Path) -> None:
 def _wanted_files(folder: Path, weights: set[str]) -> set[str]:
     """Return the paths of what may go up, whether or not it is there."""
     card = (folder / CARD_FILE).read_text(encoding="utf-8", errors="replace")
-    in_folders = {
+    chat_templates = {
         path.relative_to(folder).as_posix()
-        for name, pattern in [(FIGURES_FOLDER, "*.png"), *((name, "*.jinja") for name in COMPANION_FOLDERS)]
-        for path in (folder / name).glob(pattern)
+        for name in COMPANION_FOLDERS
+        for path in (folder / name).glob("*.jinja")
         if not path.name.startswith(".")
     }
     return {
@@ -171,7 +173,7 @@ def _wanted_files(folder: Path, weights: set[str]) -> set[str]:
         *RESULT_FILES,
         *_code_files(folder),
         *_pictures(card),
-        *in_folders,
+        *chat_templates,
     }
 
 
@@ -193,9 +195,10 @@ def _code_files(folder: Path) -> set[str]:
 
 
 def _pictures(card: str) -> set[str]:
-    """Return the names of the pictures that the card shows from beside it."""
+    """Return the paths of the pictures that the card shows from beside it, or from the folder of its figures."""
     paths = {(markdown or html).removeprefix("./") for markdown, html in _PICTURE.findall(card)}
-    return {path for path in paths if path.endswith(_PICTURE_SUFFIXES) and "/" not in path and path[0] != "."}
+    names = {path: path.removeprefix(f"{FIGURES_FOLDER}/") for path in paths if path.endswith(_PICTURE_SUFFIXES)}
+    return {path for path, name in names.items() if "/" not in name and not name.startswith(".")}
 
 
 def _walk(folder: Path, wanted: set[str]) -> Iterator[Path]:

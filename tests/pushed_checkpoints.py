@@ -6,7 +6,7 @@ from dense_checkpoints import byte_level_tokenizer
 from moe_checkpoints import make_model
 
 
-CARD = "---\nlicense: apache-2.0\n---\n# A model\n\n![Loads](router_loads.png)\n"
+CARD = "---\nlicense: apache-2.0\n---\n# A model\n\n![Loads](router_loads.png)\n<img src='figures/loads.png'>\n"
 SECRETS = (
     "optimizer.pt",
     "scheduler.pt",
@@ -26,6 +26,7 @@ SECRETS = (
     "optimizer_0/__0_0.distcp",
     "figures/.hidden.png",
     "figures/notes.txt",
+    "figures/private.png",
     "additional_chat_templates/keys.txt",
     "private_photo.png",
     "notes.txt",

@@ -74,6 +74,7 @@ def test_code_goes_as_far_as_the_configuration_needs_it(checkpoint):
     [
         "![](../outside/loads.png)",
         "![](.hidden.png)",
+        "![](figures/../.hidden.png)",
         "![](checkpoint-10/loads.png)",
         "![](a.py)",
     ],
@@ -116,6 +117,10 @@ def link_card(folder):
         (
             lambda folder: (folder / "README.md").unlink(),
             "there is no card (README.md); write one with `upcycled-moe card",
+        ),
+        (
+            lambda folder: (folder / "README.md").write_text("---\ntags: 3\n---\n"),
+            "README.md: metadata: cannot be read",
         ),
         (spoil_card, "README.md: license: 'mine' is not in the Hub's list; take 'other', with"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds an adapter"),
