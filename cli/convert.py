@@ -113,10 +113,17 @@ def _check_preserved(plan: "ConversionPlan") -> None:
 
 def _check_not_dense(out: Path) -> None:
     """Check that `out`, given alone, is not a checkpoint that was meant as DENSE: it would be replaced."""
-    if (out / "config.json").exists() and not (out / "upcycling.json").exists():
+    from ..common.streaming.stored import SourceError, read_config
+
+    try:
+        model_type = read_config(str(out), out).get("model_type")
+    except SourceError:
+        return  # the conversion will say whether what is there may be replaced
+    # By its type and not by its provenance, which a merged or an exported checkpoint has too.
+    if model_type != "upcycled_qwen_moe":
         raise SettingsError(
-            f"{out}: holds a checkpoint that was not converted, and a single argument is OUT; give another folder, or "
-            "DENSE and OUT."
+            f"{out}: holds a {model_type} checkpoint, and a single argument is OUT, which would be replaced; give "
+            "another folder, or DENSE and OUT."
         )
 
 

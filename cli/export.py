@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .derived_options import add_output_options, add_places, max_shard_bytes
 from .push_options import add_push_options, checked_destination, push_result, with_push
 
 
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from ..export.export import ExportPlan
 
 MEMORY_ADVICE = "close what else runs"
-MAX_SHARD_SIZE = "5GB"
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -25,22 +25,15 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "Transformers, vLLM, SGLang and llama.cpp know it. Only where that computes exactly the same; otherwise the "
         "command says what would be lost, and exits with status 2.",
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help="upcycled checkpoint: folder or Hub id")
-    parser.add_argument("out", metavar="OUT", help="folder to write; it appears only when all is written")
+    add_places(parser)
     parser.add_argument(
         "--to",
         choices=("qwen3_moe", "qwen2_moe", "mixtral", "auto"),
         default="auto",
         help="architecture (default: auto, the first of these that is exact)",
     )
-    parser.add_argument("--revision", help="branch, tag or commit of CKPT on the Hub")
-    parser.add_argument(
-        "--max-shard-size", metavar="SIZE", default=MAX_SHARD_SIZE, help="of a weight file (default: %(default)s)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be written and write nothing")
+    add_output_options(parser)
     add_push_options(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
@@ -48,15 +41,14 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from ..common.derived_checkpoint import check_derived
     from ..common.moe_source import open_moe
-    from ..common.settings import parse_size
     from ..export.export import export, plan_export
     from .console import ConsoleProgress, quiet_libraries
 
-    max_shard_bytes = parse_size("max_shard_size", options.max_shard_size)
+    shard_bytes = max_shard_bytes(options)
     quiet_libraries()
     destination, progress = checked_destination(options), ConsoleProgress()
     source, out = open_moe(options.checkpoint, options.revision), Path(options.out)
-    plan = plan_export(source, options.to, max_shard_bytes)
+    plan = plan_export(source, options.to, shard_bytes)
     if options.dry_run:
         check_derived(plan.derived, out, (), options.overwrite)
     else:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common.settings import SettingsError
+from ..common.text_settings import CALIBRATION_SPLIT
 from ..merging.settings import METHODS, MergeSettings
-from .export import MAX_SHARD_SIZE
+from .derived_options import add_output_options, add_places, max_shard_bytes
 from .text_options import DEFAULTS, PASS_MEMORY_ADVICE, add_pass_options, add_text_options, text_settings
 
 
@@ -32,8 +33,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "checkpoint, which needs no code of its own. Experts that are still copies give the dense model back, to the "
         "bit; others an approximation.",
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help="upcycled checkpoint: folder or Hub id")
-    parser.add_argument("out", metavar="OUT", help="folder to write; it appears only when all is written")
+    add_places(parser)
     parser.add_argument(
         "--method",
         choices=METHODS,
@@ -48,15 +48,10 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         type=Path,
         help="write what was used, as --coefficients takes it; with --overwrite over a file that is there",
     )
-    parser.add_argument("--revision", help="branch, tag or commit of CKPT on the Hub")
-    parser.add_argument(
-        "--max-shard-size", metavar="SIZE", default=MAX_SHARD_SIZE, help="of a weight file (default: %(default)s)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be written and write nothing")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_output_options(parser)
     text = parser.add_argument_group("text, for --method usage")
     add_text_options(text, required=False)
+    parser.set_defaults(split=CALIBRATION_SPLIT)
     add_pass_options(text)
     return parser
 
@@ -66,16 +61,15 @@ def run(options: argparse.Namespace) -> int:
     settings = _settings(options)
 
     from ..common.moe_source import open_moe
-    from ..common.settings import parse_size
     from ..merging.merge import merge, plan_merge
     from .console import ConsoleProgress, quiet_libraries
 
-    max_shard_bytes, out = parse_size("max_shard_size", options.max_shard_size), Path(options.out)
+    shard_bytes, out = max_shard_bytes(options), Path(options.out)
     _check_saved(options, out)
     quiet_libraries()
     progress = ConsoleProgress()
     source = open_moe(options.checkpoint, options.revision)
-    plan = plan_merge(source, settings, out, max_shard_bytes, overwrite=options.overwrite, progress=progress)
+    plan = plan_merge(source, settings, out, shard_bytes, overwrite=options.overwrite, progress=progress)
     if not options.dry_run:
         merge(plan, out, save_coefficients=options.save_coefficients, overwrite=options.overwrite, progress=progress)
     if options.json:
@@ -86,8 +80,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace) -> MergeSettings:
-    text = text_settings(options)
-    changed = [name for name, default in DEFAULTS.items() if name != "data" and getattr(text, name) != default]
+    text, defaults = text_settings(options), DEFAULTS | {"split": CALIBRATION_SPLIT}
+    changed = [name for name, default in defaults.items() if name != "data" and getattr(text, name) != default]
     if changed and not text.data:
         raise SettingsError(f"--{changed[0].replace('_', '-')} has no meaning without --data; give both or none.")
     return MergeSettings(options.method, options.coefficients, text if text.data else None)

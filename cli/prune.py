@@ -4,9 +4,9 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from ..common.settings import parse_size
-from ..pruning.settings import CALIBRATION_SPLIT, EVALUATION_SPLIT, METHODS, PruneSettings
-from .export import MAX_SHARD_SIZE
+from ..common.text_settings import CALIBRATION_SPLIT
+from ..pruning.settings import EVALUATION_SPLIT, METHODS, PruneSettings
+from .derived_options import add_output_options, add_places, max_shard_bytes
 from .text_options import PASS_MEMORY_ADVICE, add_pass_options, add_text_options, text_settings
 
 
@@ -27,8 +27,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         description="Write a checkpoint with N experts in every MoE layer: the best by the method, on the text. Then "
         "say what that costs: the loss before and after, on other text.",
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help="upcycled checkpoint: folder or Hub id")
-    parser.add_argument("out", metavar="OUT", help="folder to write; it appears only when all is written")
+    add_places(parser)
     parser.add_argument("--num-experts", metavar="N", type=int, required=True, help="experts that a layer keeps")
     parser.add_argument(
         "--method",
@@ -41,13 +40,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument(
         "--num-experts-per-tok", metavar="K", type=int, help="experts of a token from now on (default: as before)"
     )
-    parser.add_argument(
-        "--max-shard-size", metavar="SIZE", default=MAX_SHARD_SIZE, help="of a weight file (default: %(default)s)"
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of CKPT on the Hub")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    parser.add_argument("--dry-run", action="store_true", help="show which experts would be kept and write nothing")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_output_options(parser, dry_run="show which experts would be kept")
     add_text_options(parser.add_argument_group("text that the scores come from"))
     parser.set_defaults(split=CALIBRATION_SPLIT)
     section = parser.add_argument_group("text that the loss is measured on")
@@ -70,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
         method=options.method,
         num_experts=options.num_experts,
         calibration=text_settings(options),
-        max_shard_bytes=parse_size("max_shard_size", options.max_shard_size),
+        max_shard_bytes=max_shard_bytes(options),
         num_experts_per_tok=options.num_experts_per_tok,
         evaluation_data=options.eval_data,
         evaluation_split=options.eval_split,

@@ -9,6 +9,10 @@ from typing import Any
 import yaml
 
 
+# Of a weight file that is written, unless said otherwise.
+MAX_SHARD_SIZE = "5GB"
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1, but `1e-4` is a number: without a dot it would be read as text."""
 

@@ -7,6 +7,8 @@ from .settings import SettingsError
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Text that a model is changed by, so that its validation split can judge what came out.
+CALIBRATION_SPLIT = "train"
 # Of the default block; a model with fewer positions gets its own.
 MAX_BLOCK_SIZE = 1024
 

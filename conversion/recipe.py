@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..common.settings import SettingsError, check_keys, parse_size
+from ..common.settings import MAX_SHARD_SIZE, SettingsError, check_keys, parse_size
 
 
 # What the settings have to know of a router. Logits of those that start from text are of any size.
@@ -152,7 +152,7 @@ class ConversionRecipe:
     calibration_tokens: int = _setting(32768, "tokens to calibrate on", calibration_data=GIVEN)
     calibration_block_size: int = _setting(1024, "tokens of one calibration sequence", calibration_data=GIVEN)
     calibration_batch_size: int = _setting(4, "calibration sequences at a time", calibration_data=GIVEN)
-    max_shard_size: str = _setting("5GB", "largest file to write, e.g. 500MB or 5GB")
+    max_shard_size: str = _setting(MAX_SHARD_SIZE, "largest file to write, e.g. 500MB or 5GB")
     seed: int = _setting(0, "seed of everything drawn at random")
 
     def __post_init__(self):

@@ -15,7 +15,6 @@ METHODS = {
     "merge": "the most frequent ones, into which the others are merged (M-SMoE)",
 }
 # Scores come from text that the model may have seen, the loss from text that it has not.
-CALIBRATION_SPLIT = "train"
 EVALUATION_SPLIT = "validation"
 
 

@@ -240,7 +240,7 @@ def test_an_output_alone_is_no_dense_checkpoint(upcycled_moe, dense, linear_reci
     mistaken = shutil.copytree(dense, tmp_path / "dense")
     status, out, err = upcycled_moe("convert", mistaken, "--recipe", linear_recipe(model=str(dense)), "--overwrite")
     assert (status, out) == (2, "")
-    assert "a single argument is OUT; give another folder, or DENSE and OUT." in err
+    assert "a single argument is OUT, which would be replaced; give another folder, or DENSE and OUT." in err
     assert folder_hashes(mistaken) == folder_hashes(dense)
 
 
@@ -549,3 +549,15 @@ def test_verify_says_what_rounding_may_hide(upcycled_moe, dense, converted):
     assert status == 0
     assert "pass for rounding, and faults that make no larger ones are not seen." in out
     assert json.loads(upcycled_moe("verify", dense, converted, *options, "--json")[1])["is_limited_by_rounding"]
+
+
+@pytest.mark.parametrize("again", ["merge", "export"])
+def test_what_was_made_of_a_converted_checkpoint_is_no_output_either(
+    upcycled_moe, dense, linear_recipe, tmp_path, again
+):
+    recipe = linear_recipe(model=str(dense))
+    assert upcycled_moe("convert", tmp_path / "moe", "--recipe", recipe)[0] == 0
+    assert upcycled_moe(again, tmp_path / "moe", tmp_path / "derived")[0] == 0
+    status, _, err = upcycled_moe("convert", tmp_path / "derived", "--recipe", recipe, "--overwrite")
+    assert status == 2
+    assert "and a single argument is OUT, which would be replaced" in err
