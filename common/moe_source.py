@@ -38,6 +38,7 @@ class MoeSource:
         revision: commit of the Hub repository, if it came from there.
         config: its configuration, of this package's class; code beside the weights is not run.
         tensors: every tensor by name, in the order of the files.
+        provenance: what `upcycling.json` beside the weights says, None if it is not there.
     """
 
     name: str
@@ -45,16 +46,18 @@ class MoeSource:
     revision: str | None
     config: UpcycledQwenMoeConfig
     tensors: dict[str, StoredTensor] = field(repr=False)
+    provenance: dict[str, Any] | None = field(repr=False)
 
     @cached_property
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer lies beside the weights."""
         return has_tokenizer(self.folder)
 
-    @cached_property
-    def provenance(self) -> dict[str, Any] | None:
-        """What `upcycling.json` beside the weights says, None if it is not there."""
-        return read_provenance(self.folder)
+    @property
+    def record(self) -> dict[str, str | None]:
+        """Name and revision as provenance keeps them; `.` and `..` would name another folder there."""
+        is_relative = Path(self.name).name in ("", "..")
+        return {"name": self.folder.resolve().name if is_relative else self.name, "revision": self.revision}
 
     @property
     def weight_files(self) -> list[Path]:
@@ -79,13 +82,14 @@ def open_moe(model: str, revision: str | None = None) -> MoeSource:
         revision: branch, tag or commit of the Hub repository.
 
     Raises:
-        SourceError: if it is not an upcycled checkpoint in safetensors, or a file is missing or truncated.
+        SettingsError: if it is not an upcycled checkpoint in safetensors, or a file is missing, truncated or damaged.
     """
     folder, commit = locate(model, revision)
     config = _read_config(model, folder)
     tensors = read_tensors(folder)
     _check_tensors(model, config, tensors)
-    return MoeSource(name=model, folder=folder, revision=commit, config=config, tensors=tensors)
+    provenance = read_provenance(folder)
+    return MoeSource(model, folder, commit, config, tensors, provenance)
 
 
 def _read_config(model: str, folder: Path) -> UpcycledQwenMoeConfig:
@@ -99,7 +103,8 @@ def _read_config(model: str, folder: Path) -> UpcycledQwenMoeConfig:
         raise SourceError(f"{model}: its weights are quantized; give the checkpoint that it was quantized from.")
     try:
         config = UpcycledQwenMoeConfig.from_dict(raw)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+    # AttributeError: of a dtype that PyTorch does not have.
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise SourceError(
             f"{folder / 'config.json'}: not a valid configuration ({error.__cause__ or error})."
         ) from error

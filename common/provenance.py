@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from .files import replacing, write_text
+from .settings import SettingsError
 
 
 # What a conversion writes beside the weights, and training carries on.
 PROVENANCE_FILE = "upcycling.json"
+_WAY_OUT = "fetch it again, or remove it if what is made of the checkpoint need not say where that comes from"
 PACKAGES = ("upcycled-moe", "torch", "transformers", "safetensors", "datasets")
 
 
@@ -24,12 +26,34 @@ def installed_versions() -> dict[str, str]:
 
 
 def read_provenance(folder: str | Path) -> dict[str, Any] | None:
-    """Return what the provenance file in `folder` says, None if there is none or it is not readable as such."""
+    """Return what the provenance file in `folder` says, None if there is none.
+
+    Raises:
+        SettingsError: if it is damaged; what it said would be lost with the next step.
+    """
+    path = Path(folder) / PROVENANCE_FILE
     try:
-        provenance = json.loads((Path(folder) / PROVENANCE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        provenance = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return None
-    return provenance if isinstance(provenance, dict) else None
+    except ValueError as error:
+        raise SettingsError(f"{path}: not valid JSON ({error}); {_WAY_OUT}.") from error
+    if (problem := _problem(provenance)) is not None:
+        raise SettingsError(f"{path}: {problem}; {_WAY_OUT}.")
+    return provenance
+
+
+def _problem(provenance: Any) -> str | None:
+    """Return what is wrong with what others build on in `provenance`, None if nothing is."""
+    if not isinstance(provenance, dict):
+        return f"holds a {type(provenance).__name__} instead of an object"
+    steps = provenance.get("steps", [])
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        return f"steps={steps!r} is no list of objects"
+    for name in ("source", "recipe", "description"):
+        if not isinstance(provenance.get(name, {}), dict):
+            return f"{name}={provenance[name]!r} is no object"
+    return None
 
 
 def with_step(provenance: dict[str, Any] | None, command: str, **facts: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ..model_cards.card import write_card
 from .config import declare_num_experts, native_config
 from .notes import export_notes
 from .obstacles import Choice, choose_target
+from .readers import vllm_model_impl
 from .tensors import native_tensors
 from .tokenizer import write_tokenizer_pipeline
 
@@ -24,11 +25,13 @@ class ExportPlan:
     Args:
         choice: the architecture, and why it is this one.
         notes: what someone should know of it.
+        vllm_model_impl: the `--model-impl` with which vLLM computes the same, None if it does with neither.
         derived: the checkpoint.
     """
 
     choice: Choice
     notes: tuple[str, ...]
+    vllm_model_impl: str | None
     derived: DerivedCheckpoint
 
     @property
@@ -39,7 +42,7 @@ class ExportPlan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan for `--json`."""
         return {
-            "source": {"name": self.source.name, "revision": self.source.revision},
+            "source": self.source.record,
             **self._settled(),
             "total_parameters": self.derived.total_parameters,
             "num_bytes": self.derived.num_bytes,
@@ -48,8 +51,7 @@ class ExportPlan:
 
     def provenance(self) -> dict[str, Any]:
         """Return that of the source with this export as the last step."""
-        source = {"name": self.source.name, "revision": self.source.revision}
-        return with_step(self.source.provenance, "export", source=source, **self._settled())
+        return with_step(self.source.provenance, "export", source=self.source.record, **self._settled())
 
     def _settled(self) -> dict[str, Any]:
         return {
@@ -58,6 +60,7 @@ class ExportPlan:
             "reason": self.choice.reason,
             "rejected": {name: list(obstacles) for name, obstacles in self.choice.rejected.items()},
             "notes": list(self.notes),
+            "vllm_model_impl": self.vllm_model_impl,
         }
 
 
@@ -73,7 +76,8 @@ def plan_export(source: MoeSource, to: str, max_shard_bytes: int) -> ExportPlan:
     choice = choose_target(source, to)
     shards = into_shards(native_tensors(source, choice.target), max_shard_bytes)
     derived = DerivedCheckpoint(source, native_config(source.config, choice.target), shards)
-    return ExportPlan(choice, export_notes(source, choice.target), derived)
+    notes, model_impl = export_notes(source, choice.target), vllm_model_impl(source, choice.target)
+    return ExportPlan(choice, notes, model_impl, derived)
 
 
 def export(plan: ExportPlan, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> None:

@@ -1,7 +1,7 @@
 """What someone should know of an export that is exact."""
 
 from ..common.moe_source import MoeSource
-from .obstacles import nonzero_attention_biases
+from .readers import reader_notes
 from .targets import Target
 
 
@@ -13,8 +13,6 @@ TRAINING_FIELDS = (
     "router_jitter_noise",
 )
 
-_VLLM_WAY_OUT = "serve it there with --model-impl transformers."
-
 
 def export_notes(source: MoeSource, target: Target) -> tuple[str, ...]:
     """Return what changes hands in the export of `source` to `target`, a sentence each."""
@@ -25,6 +23,11 @@ def export_notes(source: MoeSource, target: Target) -> tuple[str, ...]:
             f"router_type={config.router_type!r} is folded into one linear router a layer, computed in float64 and "
             "stored in float32: the same logits up to rounding."
         )
+        if config.router_dtype is None:
+            notes.append(
+                "a folded router is one product where the model's own are two: in bfloat16 it rounds otherwise, and "
+                "near-ties may go to another expert; in float32 all is the same."
+            )
     if config.router_dtype == "float32":
         notes.append(
             "router_dtype='float32' has no field: where the model runs in bfloat16 its routers do too, and near-ties "
@@ -42,7 +45,7 @@ def export_notes(source: MoeSource, target: Target) -> tuple[str, ...]:
         notes.append("the attention biases are all zero and left out.")
     if training := [f"{name}={getattr(config, name)}" for name in TRAINING_FIELDS if getattr(config, name) != 0]:
         notes.append(f"left out is what acts in training only: {', '.join(training)}.")
-    return (*notes, *_reader_notes(source, target))
+    return (*notes, *reader_notes(source, target))
 
 
 def _shared_expert_notes(source: MoeSource) -> list[str]:
@@ -58,34 +61,3 @@ def _shared_expert_notes(source: MoeSource) -> list[str]:
             "factor of two is exact."
         ]
     return []
-
-
-def _reader_notes(source: MoeSource, target: Target) -> list[str]:
-    """Return where a program does not read what the configuration says.
-
-    Source: the modeling file of Qwen2-MoE in Transformers 5.17 and 5.23, and in vLLM 0.32; llama.cpp as in
-    llama-cpp-python 0.3.36.
-    """
-    config, notes = source.config, []
-    if config.norm_topk_prob != target.llama_cpp_norm_topk_prob:
-        notes.append(
-            f"llama.cpp does not read norm_topk_prob and takes it to be {target.llama_cpp_norm_topk_prob} in "
-            f"{target.name}, here it is {config.norm_topk_prob}: a GGUF of this computes something else."
-        )
-    if target.has_window_per_layer and "sliding_attention" in config.layer_types:
-        notes.append(
-            f"Transformers applies the sliding windows of {target.name} with sdpa, eager and flex attention, not with "
-            "flash attention."
-        )
-    if len(set(config.layer_types)) > 1:
-        notes.append(
-            f"vLLM's own {target.name} gives every layer the sliding window, here some have none; {_VLLM_WAY_OUT}"
-        )
-    if "o_proj" in nonzero_attention_biases(source):
-        notes.append(f"vLLM's own {target.name} leaves out the bias of o_proj; {_VLLM_WAY_OUT}")
-    if "sliding_attention" in config.layer_types:
-        notes.append(
-            f"llama.cpp's {target.name} has no sliding window: beyond {config.sliding_window} tokens a GGUF of this "
-            "computes something else."
-        )
-    return notes

@@ -6,6 +6,7 @@ Dimensions: H hidden size, E experts.
 import torch
 
 from ..common.moe_source import MoeSource
+from ..common.settings import SettingsError
 from ..common.streaming.contents import Computed, FileBytes
 from ..common.streaming.planned import PlannedTensor
 
@@ -26,5 +27,14 @@ def folded_router(source: MoeSource, layer_idx: int) -> torch.Tensor:
 
     Source: Router Upcycling (arXiv 2509.00679), equations 6 to 9: `Σ_r (W_r x)·k_e = x · (Σ_r W_r)ᵀ k_e`. That the sum
     over routers is linear in the token is our remark.
+
+    Raises:
+        SettingsError: if it is not finite.
     """
-    return source.router(layer_idx).float().fold()
+    weight = source.router(layer_idx).float().fold()
+    if not weight.isfinite().all():
+        raise SettingsError(
+            f"{source.name}: the router of layer {layer_idx}, folded into one matrix, is not finite; look for NaN and "
+            "very large values in its weights, and give a checkpoint from before they came."
+        )
+    return weight

@@ -1,6 +1,7 @@
 """The stock architectures that can hold an upcycled model, and what each of them has.
 
-Source: the configurations and modeling files of Qwen2-MoE, Qwen3-MoE and Mixtral in Transformers 5.17 and 5.23.
+Source: the configurations and modeling files of Qwen2-MoE, Qwen3-MoE and Mixtral in Transformers 5.17 and 5.23, and in
+vLLM 0.32; llama.cpp as in llama-cpp-python 0.3.36.
 """
 
 from dataclasses import dataclass
@@ -8,6 +9,25 @@ from dataclasses import dataclass
 from transformers import MixtralConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from modeling_upcycled_moe import UpcycledQwenMoeConfig
+
+
+@dataclass(frozen=True)
+class LlamaCppModel:
+    """What llama.cpp has of an architecture. None of the three has dense layers, windows or another activation.
+
+    Args:
+        norm_topk_prob: what it takes this to be, whatever the configuration says.
+        attention_biases: projections that can have a bias.
+        needs_shared_expert: whether it has one in any case.
+        needs_own_head: whether the output head is no copy of the embeddings.
+        needs_usual_head_dim: whether all heads together are as wide as the hidden state.
+    """
+
+    norm_topk_prob: bool
+    attention_biases: frozenset[str]
+    needs_shared_expert: bool = False
+    needs_own_head: bool = False
+    needs_usual_head_dim: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,7 +46,8 @@ class Target:
         block_name: of the MoE block, as its checkpoints name it.
         expert_projections: gate, up and down projection of an expert, likewise.
         num_experts_names: keys of config.json that say how many experts there are, for older readers too.
-        llama_cpp_norm_topk_prob: what llama.cpp takes `norm_topk_prob` to be, whatever the configuration says.
+        llama_cpp: the same architecture there.
+        vllm_reads_head_dim: whether vLLM's own class does.
         declares_tokenizer: whether a tokenizer beside it is loaded as the class that it declares.
     """
 
@@ -41,7 +62,8 @@ class Target:
     block_name: str
     expert_projections: tuple[str, str, str]
     num_experts_names: tuple[str, ...]
-    llama_cpp_norm_topk_prob: bool
+    llama_cpp: LlamaCppModel
+    vllm_reads_head_dim: bool = True
     declares_tokenizer: bool = True
 
     @property
@@ -71,7 +93,7 @@ TARGETS = {
             expert_projections=("gate_proj", "up_proj", "down_proj"),
             # Transformers 5 writes the second, and releases before it read the first.
             num_experts_names=("num_experts", "num_local_experts"),
-            llama_cpp_norm_topk_prob=True,
+            llama_cpp=LlamaCppModel(norm_topk_prob=True, attention_biases=frozenset({"q_proj", "k_proj", "v_proj"})),
         ),
         Target(
             config_class=Qwen2MoeConfig,
@@ -85,7 +107,14 @@ TARGETS = {
             block_name="mlp",
             expert_projections=("gate_proj", "up_proj", "down_proj"),
             num_experts_names=("num_experts",),
-            llama_cpp_norm_topk_prob=False,
+            llama_cpp=LlamaCppModel(
+                norm_topk_prob=False,
+                attention_biases=frozenset({"q_proj", "k_proj", "v_proj"}),
+                needs_shared_expert=True,
+                needs_own_head=True,
+                needs_usual_head_dim=True,
+            ),
+            vllm_reads_head_dim=False,
         ),
         Target(
             config_class=MixtralConfig,
@@ -99,7 +128,7 @@ TARGETS = {
             block_name="block_sparse_moe",
             expert_projections=("w1", "w3", "w2"),
             num_experts_names=("num_local_experts",),
-            llama_cpp_norm_topk_prob=True,
+            llama_cpp=LlamaCppModel(norm_topk_prob=True, attention_biases=frozenset()),
             declares_tokenizer=False,
         ),
     )

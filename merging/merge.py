@@ -55,7 +55,7 @@ class MergePlan:
         return with_step(self.derived.source.provenance, "merge", source=self._source(), **self._settled())
 
     def _source(self) -> dict[str, Any]:
-        return {"name": self.derived.source.name, "revision": self.derived.source.revision}
+        return self.derived.source.record
 
     def _settled(self) -> dict[str, Any]:
         settled: dict[str, Any] = {"method": self.settings.method, "coefficients": self.coefficients.to_dict()}

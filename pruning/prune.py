@@ -99,9 +99,7 @@ def prune(
     with written(derived, out, overwrite, progress) as folder:
         if text.evaluation is not None:
             result.after = _loss_of(folder, str(out), config, settings, text, progress)
-        step = with_step(
-            source.provenance, "prune", source={"name": source.name, "revision": source.revision}, **result.facts()
-        )
+        step = with_step(source.provenance, "prune", source=source.record, **result.facts())
         write_provenance(folder, step)
         write_card(folder)
     return result

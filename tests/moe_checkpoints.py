@@ -90,3 +90,11 @@ def write_text(folder: Path, num_documents: int = 12) -> Path:
         path = folder / domain / "validation.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
+
+
+@torch.no_grad()
+def zero_attention_biases(model: PreTrainedModel) -> None:
+    """Set the biases of the attention projections of `model` to zero."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("_proj.bias"):
+            parameter.zero_()

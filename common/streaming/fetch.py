@@ -19,6 +19,8 @@ def locate(model: str, revision: str | None, *, weights: bool = True) -> tuple[P
     Raises:
         SourceError: if there is no such folder or Hub model.
     """
+    if not model:
+        raise SourceError("'' is no checkpoint; give a folder (. for the current one) or a Hub id.")
     folder = Path(model)
     if folder.is_dir():
         if revision is not None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from upcycled_moe.common.checkpoints import load_model
 from upcycled_moe.common.moe_source import open_moe
+from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.common.streaming.stored import SourceError
 
 
@@ -77,6 +78,7 @@ def test_a_dense_checkpoint_is_refused(tmp_path):
     ("fields", "message"),
     [
         ({"quantization_config": {"bits": 4}}, "its weights are quantized"),
+        ({"dtype": "float33"}, "not a valid configuration .*float33"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 exceeds num_experts=4"),
         ({"architectures": ["LlamaForCausalLM"]}, "architecture 'LlamaForCausalLM' is unknown"),
         ({"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}, "is missing; is a shard absent"),
@@ -91,6 +93,26 @@ def test_a_configuration_that_does_not_fit_is_an_error(checkpoint, fields, messa
     _change_config(checkpoint, **fields)
     with pytest.raises(SourceError, match=message):
         open_moe(str(checkpoint))
+
+
+def test_damaged_provenance_is_an_error_before_anything_is_made_of_it(checkpoint):
+    (checkpoint / "upcycling.json").write_text('{"source": {"name": "a/b"', encoding="utf-8")
+    with pytest.raises(SettingsError, match=r"upcycling\.json: not valid JSON"):
+        open_moe(str(checkpoint))
+
+
+def test_a_name_that_says_nothing_elsewhere_is_recorded_as_that_of_the_folder(checkpoint, monkeypatch):
+    (checkpoint / "inner").mkdir()
+    for folder, name in ((checkpoint, "."), (checkpoint / "inner", "..")):
+        monkeypatch.chdir(folder)
+        assert open_moe(name).record == {"name": checkpoint.name, "revision": None}
+    assert open_moe(str(checkpoint)).record == {"name": str(checkpoint), "revision": None}
+
+
+def test_an_empty_name_is_not_that_of_the_current_folder(checkpoint, monkeypatch):
+    monkeypatch.chdir(checkpoint)
+    with pytest.raises(SourceError, match="'' is no checkpoint; give a folder"):
+        open_moe("")
 
 
 def test_a_missing_tensor_is_an_error(checkpoint):

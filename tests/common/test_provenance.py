@@ -12,6 +12,7 @@ from upcycled_moe.common.provenance import (
     with_step,
     write_provenance,
 )
+from upcycled_moe.common.settings import SettingsError
 
 
 @pytest.fixture
@@ -93,8 +94,22 @@ def test_a_checkpoint_without_provenance_begins_it_with_its_first_step():
     assert with_step(None, "export", to="mixtral")["steps"][0]["to"] == "mixtral"
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]"])
-def test_what_is_no_provenance_is_none(tmp_path, content):
-    if content is not None:
-        (tmp_path / "upcycling.json").write_text(content)
+def test_where_there_is_no_provenance_there_is_none(tmp_path):
     assert read_provenance(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "holds a list instead of an object"),
+        ('{"steps": 3}', "steps=3 is no list of objects"),
+        ('{"steps": ["export"]}', "is no list of objects"),
+        ('{"recipe": 3}', "recipe=3 is no object"),
+    ],
+)
+def test_damaged_provenance_is_an_error(tmp_path, content, message):
+    (tmp_path / "upcycling.json").write_text(content)
+    with pytest.raises(SettingsError, match=f"{message}.*; fetch it again, or remove it") as error:
+        read_provenance(tmp_path)
+    assert "\n" not in str(error.value)

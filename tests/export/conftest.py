@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from dense_checkpoints import byte_level_tokenizer
-from transformers import PreTrainedModel
+from moe_checkpoints import zero_attention_biases
 
 from upcycled_moe.common.moe_source import MoeSource, open_moe
 
@@ -26,14 +26,6 @@ def write_moe(make_moe, tmp_path) -> Callable[..., MoeSource]:
         return open_moe(str(folder))
 
     return write
-
-
-def zero_attention_biases(model: PreTrainedModel) -> None:
-    """Set the biases of the attention projections of `model` to zero."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("_proj.bias"):
-                parameter.zero_()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from modeling_upcycled_moe import UpcycledQwenMoeForCausalLM, UpcycledQwenMoeForSequenceClassification
@@ -123,6 +124,30 @@ def test_a_checkpoint_in_bfloat16_computes_the_same_in_float32(write_moe, out, m
         expected, logits = _load_ours(source.folder)(tokens).logits, _load_native(out)(tokens).logits
     assert (logits - expected).abs().max() <= TOLERANCE
     assert _load_native(out, dtype="auto").dtype == torch.bfloat16
+
+
+def test_all_but_the_routers_keep_their_type(write_moe, out):
+    source = write_moe(dtype=torch.bfloat16)
+    export(plan_export(source, "qwen2_moe", max_shard_bytes=10**9), out)
+    types = {}
+    for name, tensor in load_file(out / "model.safetensors").items():
+        types.setdefault(tensor.dtype, set()).add(name.split(".")[-2])
+    assert types.pop(torch.float32) == {"gate"}
+    assert types.keys() == {torch.bfloat16}
+    assert "shared_expert_gate" in types[torch.bfloat16]
+
+
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_a_router_that_is_not_finite_is_refused(value, write_moe, out):
+    """The values of the keys are finite in the second case, and their sum is not."""
+    source = write_moe(num_routers=4)
+    keys = source.tensors["model.layers.1.mlp.gate.keys"]
+    with keys.path.open("r+b") as file:
+        file.seek(keys.offset)
+        file.write(torch.full(keys.shape, value).numpy().tobytes())
+    with pytest.raises(ValueError, match=r"the router of layer 1, folded into one matrix, is not finite; look for"):
+        export(plan_export(source, "auto", max_shard_bytes=10**9), out)
+    assert not out.exists()
 
 
 def test_of_the_weights_only_what_is_computed_is_read(write_moe, out, monkeypatch):

@@ -160,6 +160,7 @@ def test_the_configuration_is_written_as_readers_look_it_up(arguments, to, expec
 
 
 QWEN3 = {"base_model_type": "qwen3"}
+SHARED = {"shared_expert_intermediate_size": 24}
 WINDOW = {"use_sliding_window": True, "sliding_window": 4}
 
 
@@ -168,31 +169,86 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 4}
     [
         ({**QWEN3, "router_type": "linear"}, []),
         ({**QWEN3, "router_type": "linear", "norm_topk_prob": False}, ["llama.cpp does not read norm_topk_prob"]),
-        ({**QWEN3, "router_type": "linear", "attention_bias": True}, ["leaves out the bias of o_proj"]),
+        (
+            {**QWEN3, "router_type": "linear", "attention_bias": True},
+            [
+                "leaves out the bias of o_proj; serve it there with --model-impl transformers.",
+                "llama.cpp cannot load this: its qwen3_moe has no attention bias on o_proj.",
+            ],
+        ),
+        (
+            {**QWEN3, "router_type": "linear", "hidden_act": "gelu"},
+            ["vLLM's fused experts have silu whatever hidden_act says, here gelu", "llama.cpp has silu in qwen3_moe"],
+        ),
+        (
+            {**QWEN3, **WINDOW, "max_window_layers": 0, "router_type": "linear"},
+            ["llama.cpp has no sliding window in qwen3_moe, here it is 4 tokens: a GGUF of this computes something"],
+        ),
+        (
+            {**QWEN3, "router_type": "linear", "mlp_only_layers": [1], "head_dim": 32, "norm_topk_prob": False},
+            ["llama.cpp cannot load this: all layers of its qwen3_moe have experts, and here 1 of 3 are dense."],
+        ),
+        (
+            {**QWEN3, "router_type": "linear", "model_class": UpcycledQwenMoeForSequenceClassification},
+            ["llama.cpp cannot load this: it has no classifiers of this kind."],
+        ),
+        ({"zero_biases": True, "router_type": "linear", "to": "mixtral"}, ["the attention biases are all zero"]),
+        (
+            {**SHARED, "router_type": "linear", "tie_word_embeddings": True},
+            ["llama.cpp cannot load this: its qwen2_moe needs an output head, and here it is tied to the embeddings."],
+        ),
+        (
+            {**SHARED, "router_type": "linear", "head_dim": 32},
+            [
+                "vLLM's own qwen2_moe does not read head_dim, here 32, and cuts the heads short; serve it there with",
+                "llama.cpp cannot load this: its qwen2_moe does not read head_dim, here 32.",
+            ],
+        ),
         (
             {**QWEN3, "router_dtype": "float32", "router_selection": "expert_choice"},
             ["'mixture' is folded", "router_dtype='float32' has no field", "selects in training only"],
         ),
+        (QWEN3, ["'mixture' is folded", "in bfloat16 it rounds otherwise"]),
         (
             {**WINDOW, "max_window_layers": 1, "norm_topk_prob": False, "router_type": "linear"},
             [
                 "there is no shared expert",
                 "not with flash attention",
-                "gives every layer the sliding window",
-                "llama.cpp's qwen2_moe has no sliding window: beyond 4 tokens",
+                "gives every layer the sliding window, here some have none; with --model-impl transformers it stops",
+                "llama.cpp cannot load this: its qwen2_moe needs a shared expert, and here is none.",
             ],
         ),
         (
-            {"shared_expert_intermediate_size": 24, "shared_expert_gating": "plain", "router_type": "linear"},
+            {**SHARED, "shared_expert_gating": "plain", "router_type": "linear"},
             ["a doubled down_proj", "llama.cpp does not read norm_topk_prob"],
         ),
     ],
 )
 def test_the_notes_say_what_changes_and_who_reads_it_otherwise(arguments, expected, write_moe):
-    notes = plan_export(write_moe(**arguments), "auto", ONE_FILE).notes
+    to = arguments.get("to", "auto")
+    source = write_moe(**{name: value for name, value in arguments.items() if name != "to"})
+    notes = plan_export(source, to, ONE_FILE).notes
     assert len(notes) == len(expected)
     for note, text in zip(notes, expected, strict=True):
         assert text in note
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, "vllm"),
+        ({**WINDOW, "max_window_layers": 0}, "vllm"),
+        ({**QWEN3, "head_dim": 32}, "vllm"),
+        ({**QWEN3, "attention_bias": True}, "transformers"),
+        ({**SHARED, **WINDOW, "max_window_layers": 1}, "transformers"),
+        ({**WINDOW, "max_window_layers": 1}, None),
+        ({**QWEN3, "hidden_act": "gelu"}, None),
+    ],
+)
+def test_programs_are_told_how_vllm_computes_the_same(arguments, expected, write_moe):
+    plan = plan_export(write_moe(**arguments), "auto", ONE_FILE)
+    assert plan.to_dict()["vllm_model_impl"] == expected
+    assert plan.provenance()["steps"][-1]["vllm_model_impl"] == expected
 
 
 def test_classes_keep_their_names(write_moe, out):
