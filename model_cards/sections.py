@@ -115,8 +115,19 @@ def _use(checkpoint: Checkpoint) -> dict[str, Any]:
         "has_tokenizer": checkpoint.has_tokenizer,
         # What Transformers knows by itself runs no code that comes along.
         "trust": ", trust_remote_code=True" if checkpoint.is_upcycled else "",
-        "server": None if checkpoint.is_upcycled or not checkpoint.is_causal_lm else "vllm serve",
+        "server": _server(checkpoint),
     }
+
+
+def _server(checkpoint: Checkpoint) -> str | None:
+    """Return the command that serves the folder it is given in; None where it would compute something else."""
+    if checkpoint.is_upcycled or not checkpoint.is_causal_lm:
+        return None
+    exports = [step for step in checkpoint.steps if step["command"] == "export"]
+    model_impl = exports[-1].get("vllm_model_impl", "vllm") if exports else "vllm"
+    if model_impl is None:
+        return None
+    return "vllm serve ." if model_impl == "vllm" else f"vllm serve . --model-impl {model_impl}"
 
 
 def _fresh_routers(checkpoint: Checkpoint) -> dict[str, Any] | None:

@@ -124,6 +124,20 @@ def test_a_card_tells_what_was_done(after_steps, kind, sentences):
     assert "Freshly converted" not in text
 
 
+@pytest.mark.parametrize(
+    ("facts", "command"),
+    [
+        ({}, "\nvllm serve .  #"),
+        ({"vllm_model_impl": "vllm"}, "\nvllm serve .  #"),
+        ({"vllm_model_impl": "transformers"}, "\nvllm serve . --model-impl transformers  #"),
+        ({"vllm_model_impl": None}, None),
+    ],
+)
+def test_the_card_of_an_export_has_it_served_by_what_computes_the_same(facts, command, after_steps):
+    text = render_card(after_steps(TRAIN, {**EXPORT, **facts}, **NATIVE))
+    assert (command in text) if command else ("vllm serve" not in text)
+
+
 def test_figures_of_a_training_are_not_those_of_what_is_made_of_it(after_steps):
     assert "## Training" in render_card(after_steps(TRAIN))
     assert "## Training" not in render_card(after_steps(TRAIN, PRUNE, num_experts=2))
