@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..common.settings import SettingsError
 from .plan import print_plan
-from .push_options import add_push_options, checked_destination, push_result, with_push
+from .push_options import add_push_options, checked_destination, print_destination, push_result, with_push
 from .recipe_options import (
     CALIBRATION_MEMORY_ADVICE,
     add_places,
@@ -79,6 +79,8 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         check_output(plan, out, options.overwrite)
         print_plan(plan, out, options.json)
+        if not options.json:
+            print_destination(destination)
         return 0
     progress = ConsoleProgress()
     result = convert(source, recipe, out, overwrite=options.overwrite, progress=progress)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .derived_options import add_output_options, add_places, max_shard_bytes
-from .push_options import add_push_options, checked_destination, push_result, with_push
+from .push_options import add_push_options, checked_destination, print_destination, push_result, with_push
 
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "export",
         usage="%(prog)s CKPT OUT [options]",
         help="write a stock Qwen-MoE or Mixtral checkpoint",
-        description="Write an upcycled checkpoint as one of a stock architecture, which needs no code of its own: "
-        "Transformers, vLLM, SGLang and llama.cpp know it. Only where that computes exactly the same; otherwise the "
-        "command says what would be lost, and exits with status 2.",
+        description="Write an upcycled checkpoint as one of a stock architecture, which needs no code of its own, "
+        "where that computes exactly the same in Transformers. Otherwise the command says what would be lost, and "
+        "exits with status 2. Notes say where vLLM or llama.cpp computes something else, or cannot load it.",
     )
     add_places(parser)
     parser.add_argument(
@@ -55,6 +55,8 @@ def run(options: argparse.Namespace) -> int:
         export(plan, out, overwrite=options.overwrite, progress=progress)
     if not options.json:
         print_plan(plan, out, options.dry_run)
+        if options.dry_run:
+            print_destination(destination)
     pushed = None if options.dry_run else push_result(options, out, destination, progress)
     if options.json:
         print(json.dumps(with_push(plan.to_dict(), pushed), indent=2))

@@ -44,6 +44,12 @@ def checked_destination(options: argparse.Namespace) -> "Destination | None":
     return destination
 
 
+def print_destination(destination: "Destination | None") -> None:
+    """Print where the result of a dry run would go, if anywhere."""
+    if destination is not None:
+        print(f"Would push it to {destination.repo_id} ({destination.visibility}).")
+
+
 def push_result(
     options: argparse.Namespace, folder: Path, destination: "Destination | None", progress: "Progress"
 ) -> "PushResult | None":

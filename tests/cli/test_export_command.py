@@ -48,6 +48,15 @@ def test_a_dry_run_says_the_same_and_writes_nothing(upcycled_moe, moe, tmp_path)
     assert "--overwrite" in errors
 
 
+def test_a_dry_run_says_where_it_would_go(upcycled_moe, moe, tmp_path):
+    arguments = (moe, tmp_path / "out", "--dry-run", "--push-to-hub", "org/moe")
+    status, output, _ = upcycled_moe("export", *arguments)
+    assert status == 0
+    assert output.endswith("\nWould push it to org/moe (private).\n")
+    _, output, _ = upcycled_moe("export", *arguments, "--public", "--json")
+    json.loads(output)
+
+
 def test_what_is_not_exact_is_refused_in_one_line(upcycled_moe, moe, top_p, tmp_path):
     out = tmp_path / "out"
     for arguments, message in (
