@@ -24,7 +24,9 @@ from pathlib import Path
 import pytest
 import torch
 from dense_checkpoints import byte_level_tokenizer
+from moe_checkpoints import zero_attention_biases
 
+from modeling_upcycled_moe import UpcycledQwenMoeForSequenceClassification
 from upcycled_moe.cli.main import main
 
 
@@ -45,12 +47,33 @@ OTHERWISE = {
     "qwen3_moe with weights below one": ("qwen3_moe", {**QWEN3, "norm_topk_prob": False}),
     "qwen3_moe with a sliding window": ("qwen3_moe", {**QWEN3, **ALL_SLIDING}),
     "mixtral with a sliding window": ("mixtral", ALL_SLIDING),
+    "qwen2_moe with GELU": ("qwen2_moe", {**SHARED, "norm_topk_prob": False, "hidden_act": "gelu"}),
+    "qwen3_moe with GELU": ("qwen3_moe", {**QWEN3, "hidden_act": "gelu"}),
+    "mixtral with GELU": ("mixtral", {"hidden_act": "gelu"}),
 }
+# What the converter or the library refuses; the notes of an export name these too.
+REFUSED = {
+    "qwen2_moe without shared expert": ("qwen2_moe", {"norm_topk_prob": False}),
+    "qwen2_moe, tied": ("qwen2_moe", {**SHARED, "norm_topk_prob": False, "tie_word_embeddings": True}),
+    "qwen2_moe with wide heads": ("qwen2_moe", {**SHARED, "norm_topk_prob": False, "head_dim": 128}),
+    "qwen2_moe with a dense layer": ("qwen2_moe", {**SHARED, "norm_topk_prob": False, "mlp_only_layers": [0]}),
+    "qwen3_moe with a dense layer": ("qwen3_moe", {**QWEN3, "mlp_only_layers": [0]}),
+    "qwen3_moe with attention biases": ("qwen3_moe", {**QWEN3, "attention_bias": True}),
+    "a classifier": ("qwen3_moe", {**QWEN3, "model_class": UpcycledQwenMoeForSequenceClassification}),
+}
+
+
+class LlamaCppError(Exception):
+    """What a script in the environment of llama.cpp ended with."""
 
 
 @pytest.fixture
 def llama_cpp():
-    """`llama_cpp(script, *arguments)` runs a script of this folder in the environment of llama.cpp."""
+    """`llama_cpp(script, *arguments)` runs a script of this folder in the environment of llama.cpp.
+
+    Raises:
+        LlamaCppError: if it fails.
+    """
     python = os.environ.get("UPCYCLED_MOE_LLAMA_CPP_PYTHON")
     if not python:
         pytest.skip("UPCYCLED_MOE_LLAMA_CPP_PYTHON does not name the interpreter of an environment with llama.cpp")
@@ -62,7 +85,8 @@ def llama_cpp():
             capture_output=True,
             text=True,
         )
-        assert process.returncode == 0, process.stderr[-5000:]
+        if process.returncode != 0:
+            raise LlamaCppError(process.stderr[-5000:])
 
     return run
 
@@ -74,7 +98,7 @@ def test_a_gguf_computes_what_the_original_does_where_the_export_says_so(make_mo
     for name, (target, fields) in {**EXACT, **OTHERWISE}.items():
         model = make_moe(**{**SHAPE, **fields})
         if target == "mixtral":
-            _zero_attention_biases(model)
+            zero_attention_biases(model)
         path = _write_gguf(model, target, tmp_path / target / str(len(jobs)), llama_cpp)
         jobs.append({"path": str(path), "prompts": prompts.tolist(), "num_tokens": NUM_TOKENS})
         with torch.no_grad():
@@ -82,9 +106,7 @@ def test_a_gguf_computes_what_the_original_does_where_the_export_says_so(make_mo
             tokens = model.generate(prompts, max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None)
         expected_tokens[name] = tokens[:, prompts.shape[1] :].tolist()
 
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    llama_cpp("run_gguf.py", tmp_path / "jobs.json", tmp_path / "answers.json")
-    answers = dict(zip(expected_tokens, json.loads((tmp_path / "answers.json").read_text()), strict=True))
+    answers = dict(zip(expected_tokens, _run(jobs, tmp_path, llama_cpp), strict=True))
 
     difference = {
         name: (torch.tensor(answer["logits"]) - expected_logits[name]).abs().max().item()
@@ -96,6 +118,32 @@ def test_a_gguf_computes_what_the_original_does_where_the_export_says_so(make_mo
     assert min(difference[name] for name in OTHERWISE) > 0.1, difference
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_llama_cpp_cannot_load_is_what_an_export_says(name, make_moe, llama_cpp, tmp_path):
+    target, fields = REFUSED[name]
+    model = make_moe(**{**SHAPE, **fields})
+
+    with pytest.raises(LlamaCppError, match=r"Can not map tensor|Failed to load model|is not supported"):
+        _convert_and_run(model, target, tmp_path, llama_cpp)
+
+    notes = json.loads((tmp_path / "native" / "upcycling.json").read_text(encoding="utf-8"))["steps"][-1]["notes"]
+    assert any(note.startswith("llama.cpp cannot load this") for note in notes)
+    assert not any("a GGUF of this computes something else" in note for note in notes)
+
+
+def _convert_and_run(model: torch.nn.Module, target: str, folder: Path, llama_cpp) -> None:
+    path = _write_gguf(model, target, folder, llama_cpp)
+    _run([{"path": str(path), "prompts": [[5, 6, 7]], "num_tokens": 1}], folder, llama_cpp)
+
+
+def _run(jobs: list[dict], scratch: Path, llama_cpp) -> list[dict]:
+    """Return what llama.cpp answers; see `run_gguf.py`."""
+    (scratch / "jobs.json").write_text(json.dumps(jobs))
+    llama_cpp("run_gguf.py", scratch / "jobs.json", scratch / "answers.json")
+    return json.loads((scratch / "answers.json").read_text())
+
+
 def _write_gguf(model: torch.nn.Module, target: str, folder: Path, llama_cpp) -> Path:
     """Export `model` to `target`, convert that, and return the GGUF file."""
     sources = os.environ["UPCYCLED_MOE_LLAMA_CPP"]
@@ -104,10 +152,3 @@ def _write_gguf(model: torch.nn.Module, target: str, folder: Path, llama_cpp) ->
     assert main(["export", str(folder / "upcycled"), str(folder / "native"), "--to", target]) == 0
     llama_cpp("convert_to_gguf.py", sources, folder / "native", folder / "model.gguf")
     return folder / "model.gguf"
-
-
-@torch.no_grad()
-def _zero_attention_biases(model: torch.nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if name.endswith("_proj.bias"):
-            parameter.zero_()

@@ -1,8 +1,8 @@
 """Generate greedily in vLLM, in its own environment: `generate.py JOBS ANSWERS`.
 
-JOBS is a JSON file: a list of models, each with `folder`, `model_impl`, `dtype`, `prompts` (lists of token ids) and
-`num_tokens`. ANSWERS gets a list with the generated token ids of each model's prompts. One process runs them all: the
-imports and kernels take longer than small models do.
+JOBS is a JSON file: a list of models, each with `folder`, `model_impl`, `trust_remote_code`, `dtype`, `prompts` (lists
+of token ids) and `num_tokens`. ANSWERS gets a list with the generated token ids of each model's prompts. One process
+runs them all: the imports and kernels take longer than small models do.
 """
 
 import gc
@@ -13,11 +13,11 @@ from pathlib import Path
 from vllm import LLM, SamplingParams
 
 
-def generate(folder, model_impl, dtype, prompts, num_tokens):
+def generate(folder, model_impl, trust_remote_code, dtype, prompts, num_tokens):
     llm = LLM(
         folder,
         model_impl=model_impl,
-        trust_remote_code=True,
+        trust_remote_code=trust_remote_code,
         skip_tokenizer_init=True,
         enforce_eager=True,
         dtype=dtype,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from vllm_environment import SHAPE, greedy_tokens, vllm_tokens
+from vllm_environment import SHAPE, greedy_tokens, regrets, vllm_tokens
 
 from modeling_upcycled_moe import UpcycledQwenMoeForCausalLM
 from upcycled_moe.cli.main import main
@@ -64,7 +64,7 @@ def test_vllm_generates_the_tokens_that_transformers_generates(make_moe, make_to
         folders[name] = tmp_path / str(len(folders))
         model.save_pretrained(folders[name])
 
-    assert vllm_tokens(folders, prompts, tmp_path, model_impl="transformers") == expected
+    assert vllm_tokens(folders, prompts, tmp_path, model_impl="transformers", own_code=True) == expected
 
 
 @pytest.fixture
@@ -87,19 +87,12 @@ def test_vllm_loads_converted_checkpoints_in_float32_and_in_bfloat16(converted, 
         for name, folder in converted.items()
     }
 
-    in_float32 = vllm_tokens(converted, prompts, tmp_path, model_impl="transformers")
-    in_bfloat16 = vllm_tokens(converted, prompts, tmp_path, model_impl="transformers", dtype="bfloat16")
+    in_float32 = vllm_tokens(converted, prompts, tmp_path, model_impl="transformers", own_code=True)
+    in_bfloat16 = vllm_tokens(converted, prompts, tmp_path, model_impl="transformers", own_code=True, dtype="bfloat16")
 
     assert in_float32 == {name: greedy_tokens(model, prompts) for name, model in models.items()}
     for name, model in models.items():
         # Rounding changes which of two near experts a token goes to, and which of two near tokens comes first; it does
         # not make bad ones the best. A token at random falls short by more than 1.
-        regrets = [_regrets(model, *pair) for pair in zip(prompts, in_bfloat16[name], strict=True)]
-        assert torch.tensor(regrets).mean() < 0.05, name
-
-
-@torch.no_grad()
-def _regrets(model: UpcycledQwenMoeForCausalLM, prompt: list[int], generated: list[int]) -> list[float]:
-    """Return by how much each generated token's logit falls short of the highest, in the float32 model."""
-    logits = model(torch.tensor([prompt + generated])).logits[0, len(prompt) - 1 : -1]
-    return (logits.amax(dim=-1) - logits[torch.arange(len(generated)), generated]).tolist()
+        found = [regrets(model, *pair) for pair in zip(prompts, in_bfloat16[name], strict=True)]
+        assert torch.tensor(found).mean() < 0.05, name

@@ -27,6 +27,10 @@ NUM_TOKENS = 24
 SHAPE = {"hidden_size": 256, "num_attention_heads": 4, "initializer_range": 0.06}
 
 
+class VllmError(Exception):
+    """What a process in the environment of vLLM ended with."""
+
+
 def vllm_python() -> Path:
     """Return the interpreter of the environment, or skip the test."""
     python = os.environ.get("UPCYCLED_MOE_VLLM_PYTHON")
@@ -47,11 +51,25 @@ def vllm_variables(cache: Path) -> dict[str, str]:
 
 
 def vllm_tokens(
-    folders: dict[str, Path], prompts: list[list[int]], scratch: Path, *, model_impl: str, dtype: str = "float32"
+    folders: dict[str, Path],
+    prompts: list[list[int]],
+    scratch: Path,
+    *,
+    model_impl: str,
+    own_code: bool = False,
+    dtype: str = "float32",
 ) -> dict[str, list[list[int]]]:
-    """Return the tokens that vLLM generates greedily after each of `prompts`, for every model in `folders`."""
+    """Return the tokens that vLLM generates greedily after each of `prompts`, for every model in `folders`.
+
+    Args:
+        own_code: whether the models may run the code that they bring.
+
+    Raises:
+        VllmError: if it fails.
+    """
     common: dict[str, Any] = {
         "model_impl": model_impl,
+        "trust_remote_code": own_code,
         "dtype": dtype,
         "prompts": prompts,
         "num_tokens": NUM_TOKENS,
@@ -65,8 +83,16 @@ def vllm_tokens(
         capture_output=True,
         text=True,
     )
-    assert process.returncode == 0, process.stderr[-5000:]
+    if process.returncode != 0:
+        raise VllmError(f"exit status {process.returncode}: {process.stderr[-5000:]}")
     return dict(zip(folders, json.loads(answers.read_text()), strict=True))
+
+
+@torch.no_grad()
+def regrets(model: PreTrainedModel, prompt: list[int], generated: list[int]) -> list[float]:
+    """Return by how much each generated token's logit falls short of the highest in `model`."""
+    logits = model(torch.tensor([prompt + generated])).logits[0, len(prompt) - 1 : -1]
+    return (logits.amax(dim=-1) - logits[torch.arange(len(generated)), generated]).tolist()
 
 
 @torch.no_grad()
