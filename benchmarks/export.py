@@ -18,6 +18,8 @@ from measure import Run, machine, run_process, spread
 from conversion import NUM_EXPERTS, weights_bytes
 
 
+# -P: the code beside a checkpoint in the current folder is not taken for the package's.
+UPCYCLED_MOE = [sys.executable, "-P", "-m", "upcycled_moe.cli.main"]
 # Each contestant, and the one that it is held against.
 FLOORS = {"upcycled-moe export": "cat + sync", "upcycled-moe merge": "cat to /dev/null"}
 
@@ -41,11 +43,10 @@ def measure(folder: Path, rounds: int) -> tuple[int, dict[str, list[Run]]]:
     moe, out, copy, log = (folder / name for name in ("moe", "out", "copy", "log"))
     write_moe(folder / "dense", moe)
     files = " ".join(str(path) for path in sorted(moe.glob("*.safetensors")))
-    upcycled_moe = [sys.executable, "-m", "upcycled_moe.cli.main"]
     contestants = {
-        "upcycled-moe export": [*upcycled_moe, "export", str(moe), str(out), "--to", "qwen3_moe"],
+        "upcycled-moe export": [*UPCYCLED_MOE, "export", str(moe), str(out), "--to", "qwen3_moe"],
         "cat + sync": ["sh", "-c", f"cat {files} > {copy}; sync {copy}"],
-        "upcycled-moe merge": [*upcycled_moe, "merge", str(moe), str(out), "--method", "average"],
+        "upcycled-moe merge": [*UPCYCLED_MOE, "merge", str(moe), str(out), "--method", "average"],
         "cat to /dev/null": ["sh", "-c", f"cat {files} > /dev/null"],
     }
     results: dict[str, list[Run]] = {name: [] for name in contestants}
@@ -61,7 +62,7 @@ def write_moe(dense: Path, moe: Path) -> None:
     """Write the dense parent, and the model with experts."""
     # In processes of their own: a child's peak memory would count what this one holds.
     subprocess.run([sys.executable, Path(__file__).with_name("conversion.py"), "--write-dense", dense], check=True)
-    command = [sys.executable, "-m", "upcycled_moe.cli.main", "convert", dense, moe, "--num-experts", str(NUM_EXPERTS)]
+    command = [*UPCYCLED_MOE, "convert", dense, moe, "--num-experts", str(NUM_EXPERTS)]
     subprocess.run([*command, "--router", "linear", "--experts", "noise"], check=True, stdout=subprocess.DEVNULL)
 
 
