@@ -13,13 +13,13 @@ from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 from .hub_terms import BASE_MODEL_RELATIONS, LICENSES, PIPELINE_TAGS
+from .pictures import local_pictures
 
 
 # Larger ones the Hub stores apart and does not show.
 MAX_CARD_BYTES = 10_000_000
 # ISO 639-1 or 639-3, which a script or region may follow, and what the Hub has beside them.
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|multilingual|code")
-_PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def card_problems(text: str, folder: Path | None = None) -> list[str]:
@@ -106,9 +106,9 @@ _CHECKS: dict[str, Callable[[str, Mapping[str, Any]], Iterator[str]]] = {
 
 
 def _missing_pictures(text: str, folder: Path) -> Iterator[str]:
-    for place in dict.fromkeys(_PICTURE.findall(text)):
-        if "://" not in place and not (folder / place).is_file():
-            yield f"picture: {place} is not in {folder}."
+    for path in local_pictures(text):
+        if not (folder / path).is_file():
+            yield f"picture: {path} is not in {folder}."
 
 
 def _as_list(value: Any) -> list[Any]:
