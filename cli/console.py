@@ -41,6 +41,10 @@ class ConsoleProgress:
             bar = progress.add_task(description, total=total)
             yield lambda advance: progress.advance(bar, advance)
 
+    def tell(self, message: str) -> None:
+        """Print how far the work is."""
+        self.console.print(message, soft_wrap=True, markup=False)
+
     def warn(self, message: str) -> None:
         """Print a warning."""
         self.console.print(f"warning: {message}", style="yellow", soft_wrap=True, markup=False)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..common.settings import SettingsError
 from .plan import print_plan
-from .push_options import add_push_options, checked_destination, print_destination, push_result, with_push
+from .push_options import add_push_options, checked_destination, print_destination, push_and_print
 from .recipe_options import (
     CALIBRATION_MEMORY_ADVICE,
     add_places,
@@ -95,12 +95,12 @@ def run(options: argparse.Namespace) -> int:
             print_verification(verification)
     if verification is not None and not verification.equal:
         destination = None  # what is wrong stays here
-    pushed = push_result(options, out, destination, progress)
+    output = None
     if options.json:
         output = json.loads((out / "upcycling.json").read_text(encoding="utf-8"))
         if verification is not None:
             output["verification"] = verification.to_dict()
-        print(json.dumps(with_push(output, pushed), indent=2))
+    push_and_print(out, destination, output, progress)
     return 0 if verification is None or verification.equal else 3
 
 

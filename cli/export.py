@@ -1,12 +1,11 @@
 """`upcycled-moe export`: an upcycled checkpoint becomes one of a stock architecture, without code of its own."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .derived_options import add_output_options, add_places, max_shard_bytes
-from .push_options import add_push_options, checked_destination, print_destination, push_result, with_push
+from .push_options import add_push_options, checked_destination, print_destination, push_and_print
 
 
 if TYPE_CHECKING:
@@ -57,9 +56,9 @@ def run(options: argparse.Namespace) -> int:
         print_plan(plan, out, options.dry_run)
         if options.dry_run:
             print_destination(destination)
-    pushed = None if options.dry_run else push_result(options, out, destination, progress)
-    if options.json:
-        print(json.dumps(with_push(plan.to_dict(), pushed), indent=2))
+    # A dry run pushes nothing either.
+    pushed_to = None if options.dry_run else destination
+    push_and_print(out, pushed_to, plan.to_dict() if options.json else None, progress)
     return 0
 
 

@@ -9,8 +9,8 @@ from .push_options import PUBLIC_HELP, print_push, pushing
 
 
 if TYPE_CHECKING:
+    from ..hub.destination import Destination
     from ..hub.files import Upload
-    from ..hub.push import Destination
 
 MEMORY_ADVICE = "close what else runs"
 
@@ -38,17 +38,21 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    from ..hub.destination import DEFAULT_BRANCH, Destination
     from ..hub.files import plan_upload
-    from ..hub.push import DEFAULT_BRANCH, Destination, push
+    from ..hub.push import push, warn_of_local_paths
     from .console import ConsoleProgress, quiet_libraries
 
     quiet_libraries()
     folder = Path(options.folder)
-    destination = Destination(options.repo_id, options.revision or DEFAULT_BRANCH, private=not options.public)
+    revision = DEFAULT_BRANCH if options.revision is None else options.revision
+    destination, progress = Destination(options.repo_id, revision, private=not options.public), ConsoleProgress()
     upload = plan_upload(folder)
     result = None
     if not options.dry_run:
-        result = pushing(folder, destination, lambda: push(upload, destination, ConsoleProgress()))
+        result = pushing(folder, destination, lambda: push(upload, destination, progress))
+    elif options.public:
+        warn_of_local_paths(upload, progress)
     if options.json:
         where = {"repo_id": destination.repo_id, "revision": destination.revision}
         asked = {"visibility": destination.visibility} if result is None else result.to_dict()
@@ -62,18 +66,20 @@ def run(options: argparse.Namespace) -> int:
 
 def print_upload(upload: "Upload", destination: "Destination", dry_run: bool) -> None:
     """Print what goes to the Hub, or would, and what stays behind."""
+    from rich.markup import escape
+
     from ..common.numbers import format_bytes
     from .console import results_table, stdout_console
 
     verb = "Would push" if dry_run else "Pushed"
-    files = results_table(f"{verb} from {upload.folder}", "File", "Size", numbers=("Size",))
+    files = results_table(escape(f"{verb} from {upload.folder}"), "File", "Size", numbers=("Size",))
     for file in upload.files:
-        files.add_row(file.path, format_bytes(file.num_bytes))
+        files.add_row(escape(file.path), format_bytes(file.num_bytes))
     tables = [files]
     if upload.left_out:
         stayed = results_table("Left out", "Path", "Reason")
         for entry in upload.left_out:
-            stayed.add_row(entry.path, entry.reason)
+            stayed.add_row(escape(entry.path), entry.reason)
         tables.append(stayed)
     console = stdout_console(*tables)
     for table in tables:

@@ -1,15 +1,17 @@
 """`--push-to-hub`: a command's result goes to the Hugging Face Hub too."""
 
 import argparse
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
     from ..common.progress import Progress
-    from ..hub.push import Destination, PushResult
+    from ..hub.destination import Destination
+    from ..hub.push import PushResult
 
 PUBLIC_HELP = "let everyone see a repository that is made; without it none is, and a public one is refused"
 
@@ -36,7 +38,7 @@ def checked_destination(options: argparse.Namespace) -> "Destination | None":
             raise SettingsError("--public says who sees what --push-to-hub uploads; give both, or leave it out.")
         return None
 
-    from ..hub.push import Destination, check_destination
+    from ..hub.destination import Destination, check_destination
 
     destination = Destination(options.push_to_hub, private=not options.public)
     if not options.dry_run:
@@ -50,30 +52,45 @@ def print_destination(destination: "Destination | None") -> None:
         print(f"Would push it to {destination.repo_id} ({destination.visibility}).")
 
 
-def push_result(
-    options: argparse.Namespace, folder: Path, destination: "Destination | None", progress: "Progress"
-) -> "PushResult | None":
-    """Push the result in `folder` to `destination`, if there is one, and tell of it, unless by the command's JSON.
+def push_and_print(
+    folder: Path,
+    destination: "Destination | None",
+    output: Mapping[str, Any] | None,
+    progress: "Progress",
+) -> None:
+    """Push the result in `folder` to `destination`, if there is one, and tell of it.
+
+    Args:
+        output: the command's JSON, printed with what was pushed, or why it was not; None to print a line.
 
     Raises:
         PushError: if it cannot be pushed; it stays in `folder`.
     """
     if destination is None:
-        return None
+        if output is not None:
+            print(json.dumps(output, indent=2))
+        return
 
+    from ..hub.errors import PushError
     from ..hub.push import push_written
 
-    result = pushing(folder, destination, lambda: push_written(folder, destination, progress))
-    if not options.json:
+    try:
+        result = pushing(folder, destination, lambda: push_written(folder, destination, progress))
+    except PushError as error:
+        if output is not None:
+            print(json.dumps({**output, "push": {"error": str(error)}}, indent=2))
+        raise
+    if output is None:
         print_push(result)
-    return result
+    else:
+        print(json.dumps({**output, "push": result.to_dict()}, indent=2))
 
 
 def pushing(folder: Path, destination: "Destination", push: Callable[[], "PushResult"]) -> "PushResult":
-    """Return what `push` does; interrupted, it says how to go on."""
+    """Return what `push` does; interrupted or terminated, it says how to go on."""
     try:
         return push()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         command = destination.command(folder)
         print(f"upcycled-moe: what has arrived need not be sent again: `{command}` goes on.", file=sys.stderr)
         raise
@@ -82,10 +99,5 @@ def pushing(folder: Path, destination: "Destination", push: Callable[[], "PushRe
 def print_push(result: "PushResult") -> None:
     """Print what is on the Hub now."""
     for path in result.removed:
-        print(f"Removed there: {path}, weights of an earlier model.")
+        print(f"Removed there: {path}, of an earlier model.")
     print(f"Pushed to {result.url} ({result.to_dict()['visibility']}), commit {result.commit[:8]}.")
-
-
-def with_push(output: dict[str, Any], result: "PushResult | None") -> dict[str, Any]:
-    """Return the JSON `output` of a command with what it pushed, if anything."""
-    return output if result is None else {**output, "push": result.to_dict()}

@@ -12,5 +12,8 @@ class Progress:
         """Give a function to call with each advance towards `total`; `unit` is what is counted, such as `bytes`."""
         yield lambda advance: None
 
+    def tell(self, message: str) -> None:
+        """Tell how far the work is, where a bar cannot."""
+
     def warn(self, message: str) -> None:
         """Tell of something that someone should act on."""

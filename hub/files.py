@@ -4,30 +4,36 @@ A list of what may go up, not of what may not: a folder of a run also holds opti
 tokens, and what is up cannot be called back. What stays behind is listed, with the reason.
 """
 
+import os
 import re
+import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..common.companions import COMPANION_FILES, COMPANION_FOLDERS
+from ..common.companions import COMPANION_FILES
 from ..common.output_folder import LOCK_FILE, staging_folder
 from ..common.provenance import PROVENANCE_FILE
 from ..common.settings import SettingsError
 from ..common.streaming.stored import read_config, read_tensors
-from ..model_cards.analysis import ANALYSIS_FILE, FIGURES_FOLDER
+from ..model_cards.analysis import ANALYSIS_FILE
 from ..model_cards.card import CARD_FILE
 from ..model_cards.evaluation import EVALUATION_FILE
-from ..model_cards.training import SETTINGS_FILE
 from ..model_cards.validation import card_problems
+from .parts import (
+    INDEX_FILE,
+    REPORT_PAGE,
+    WEIGHTS_FILE,
+    chat_templates,
+    code_files,
+    is_weights,
+    pictures,
+    reports,
+    required,
+)
 
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-# Results that our commands write, and the settings of a training: no state of a run, and nothing that runs.
-RESULT_FILES = (EVALUATION_FILE, ANALYSIS_FILE, "report.html", SETTINGS_FILE)
 
 # Why what is not on the list stays behind, by the first pattern that fits its name.
 _REASONS = (
@@ -51,18 +57,24 @@ _REASONS = (
     ("router_saturation.json", "log"),
     ("*.png", "picture that the card does not show"),
 )
-# Pictures in Markdown, and in the HTML that Markdown may hold.
-_PICTURE = re.compile(r"""!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img\b[^>]*?\bsrc\s*=\s*["']([^"']+)""")
-_PICTURE_SUFFIXES = (".png", ".svg", ".jpg")
-_RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import\b", re.MULTILINE)
+# A path from the root, of two names or more, in JSON, YAML or Markdown; not the rest of an address.
+_ABSOLUTE_PATH = re.compile(rb"(?<![\w/.:<>~*+-])(?:/|~/|[A-Za-z]:\\+)[\w.@+-]+(?:/|\\+)[\w.@+-]+")
 
 
 @dataclass(frozen=True)
 class UploadFile:
-    """A file that goes up: its path in the folder, with slashes, and its size."""
+    """A file that goes up.
+
+    Args:
+        path: in the folder, with slashes.
+        state: what tells whether it is still the same file.
+        content: of all files but weights, which are read as they go up.
+    """
 
     path: str
     num_bytes: int
+    state: tuple[int, ...] = field(repr=False)
+    content: bytes | None = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -75,16 +87,43 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Upload:
-    """What of `folder` goes to the Hub, and what does not; both by path."""
+    """What of `folder` goes to the Hub, and what does not; both by path.
+
+    Args:
+        state: what tells whether it is still the same folder.
+    """
 
     folder: Path
     files: tuple[UploadFile, ...]
     left_out: tuple[LeftOut, ...]
+    state: tuple[int, ...] = field(repr=False)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all files."""
         return sum(file.num_bytes for file in self.files)
+
+    @property
+    def with_local_paths(self) -> list[str]:
+        """Names of the files that may name folders of this machine; code, tokenizers and weights are not searched."""
+        return [
+            file.path
+            for file in self.files
+            if file.path.endswith((".json", ".yaml", ".md", ".html"))
+            and file.path not in COMPANION_FILES
+            and _ABSOLUTE_PATH.search(file.content or b"")
+        ]
+
+    def content(self, path: str) -> bytes:
+        """Return what is in the file `path`, which is none of weights."""
+        return next(file.content for file in self.files if file.path == path)
+
+    def changed(self) -> Path | None:
+        """Return what of the checkpoint is not any more what it was when this was planned, None if all of it is."""
+        if _state(self.folder, is_folder=True) != self.state:
+            return self.folder
+        paths = {self.folder / file.path: file.state for file in self.files}
+        return next((path for path, state in paths.items() if _state(path) != state), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
@@ -102,103 +141,79 @@ def plan_upload(folder: str | Path) -> Upload:
         SettingsError: if it is not whole, or a file that it needs is a link.
     """
     folder = Path(folder)
-    weights = _check_whole(folder)
-    wanted = _wanted_files(folder, weights)
+    state = _state(folder, is_folder=True)
+    weights, card = _check_whole(folder)
+    code = code_files(folder)
+    optional = {PROVENANCE_FILE, *COMPANION_FILES, *reports(folder), *pictures(card), *chat_templates(folder)}
+    needed = required(folder, weights, code)
     files, left_out = [], []
-    for path in _walk(folder, wanted):
+    for path in _walk(folder, needed | optional):
         relative = path.relative_to(folder).as_posix()
-        if path.is_symlink() or path.is_dir() or relative not in wanted:
+        if path.is_symlink() or not path.is_file() or relative not in needed | optional:
             left_out.append(LeftOut(relative + "/" * (path.is_dir() and not path.is_symlink()), _reason(path)))
         else:
-            files.append(UploadFile(relative, path.stat().st_size))
-    missing = {CONFIG_FILE, CARD_FILE, *weights} - {file.path for file in files}
-    if missing:
+            files.append(_read(path, relative, is_weights=relative in weights and relative != INDEX_FILE))
+    if missing := needed - {file.path for file in files}:
         raise SettingsError(
             f"{folder / min(missing)}: is a link, and only plain files go to the Hub; put a copy in its place."
         )
-    return Upload(folder, tuple(files), tuple(left_out))
+    upload = Upload(folder, tuple(files), tuple(left_out), state)
+    if changed := upload.changed():
+        raise SettingsError(f"{changed}: changed while it was read; wait for what writes there.")
+    return upload
 
 
-def is_weights(path: str) -> bool:
-    """Return whether the file `path` of a repository is one that Transformers could take a model's weights from."""
-    return path == INDEX_FILE or (fnmatchcase(path, "model*.safetensors") and "/" not in path)
+def _read(path: Path, relative: str, is_weights: bool) -> UploadFile:
+    """Return the file at `path`, as it is at this moment; nothing is read by way of a link."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW)) as file:
+        state = _state(file.fileno())
+        return UploadFile(relative, state[2], state, None if is_weights else file.read())
 
 
-def _check_whole(folder: Path) -> set[str]:
-    """Return the names of the weight files of the checkpoint in `folder`, all of them there and none cut short."""
+def _state(file: Path | int, is_folder: bool = False) -> tuple[int, ...]:
+    """Return what changes when a file is replaced or written; of a folder, when another one takes its place."""
+    try:
+        # A folder may be given by a link to it.
+        found = os.stat(file, follow_symlinks=is_folder) if isinstance(file, Path) else os.fstat(file)
+    except OSError:
+        return ()
+    place = (found.st_dev, found.st_ino)
+    return place if is_folder else (*place, found.st_size, found.st_mtime_ns, stat.S_IFMT(found.st_mode))
+
+
+def _check_whole(folder: Path) -> tuple[set[str], str]:
+    """Return the names of the weight files of the checkpoint in `folder`, none cut short, and its card."""
     if not folder.is_dir():
         raise SettingsError(f"{folder}: no such folder; give the folder of a checkpoint.")
     place = folder.resolve()
     if (place / LOCK_FILE).exists() or any(parent.name.endswith(".partial") for parent in (place, place.parent)):
         raise SettingsError(f"{folder}: is what a command has not finished writing; run that command again.")
-    if (staging_folder(place) / LOCK_FILE).exists():
+    read_config(str(folder), folder)
+    if place.name and (staging_folder(place) / LOCK_FILE).exists():
         raise SettingsError(
-            f"{folder}: a command is replacing it, or was killed as it did ({staging_folder(folder)}); wait for it, "
+            f"{folder}: a command is replacing it, or was killed as it did ({staging_folder(place)}); wait for it, "
             "or run it again."
         )
-    read_config(str(folder), folder)
     if (folder / "adapter_config.json").exists():
         raise SettingsError(f"{folder}: holds an adapter; merge it into its model and save that.")
     names = {tensor.path.name for tensor in read_tensors(folder).values()}
-    _check_card(folder)
-    return names if names == {WEIGHTS_FILE} else {*names, INDEX_FILE}
+    return names if names == {WEIGHTS_FILE} else {*names, INDEX_FILE}, _checked_card(folder)
 
 
-def _check_card(folder: Path) -> None:
+def _checked_card(folder: Path) -> str:
     path = folder / CARD_FILE
     if not path.is_file():
         raise SettingsError(f"{folder}: there is no card ({CARD_FILE}); write one with `upcycled-moe card {folder}`.")
-    if problems := card_problems(path.read_text(encoding="utf-8", errors="replace"), folder):
+    try:
+        card = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: not UTF-8 ({error.reason}); correct it.") from None
+    if problems := card_problems(card, folder):
         more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
         raise SettingsError(
             f"{path}: {problems[0].rstrip('.')}{more}; correct it, or write another with `upcycled-moe card {folder}`."
         )
-
-
-def _wanted_files(folder: Path, weights: set[str]) -> set[str]:
-    """Return the paths of what may go up, whether or not it is there."""
-    card = (folder / CARD_FILE).read_text(encoding="utf-8", errors="replace")
-    chat_templates = {
-        path.relative_to(folder).as_posix()
-        for name in COMPANION_FOLDERS
-        for path in (folder / name).glob("*.jinja")
-        if not path.name.startswith(".")
-    }
-    return {
-        *weights,
-        CONFIG_FILE,
-        CARD_FILE,
-        PROVENANCE_FILE,
-        *COMPANION_FILES,
-        *RESULT_FILES,
-        *_code_files(folder),
-        *_pictures(card),
-        *chat_templates,
-    }
-
-
-def _code_files(folder: Path) -> set[str]:
-    """Return the names of the code that `config.json` names, and of what that imports from beside it."""
-    auto_map = read_config(str(folder), folder).get("auto_map") or {}
-    if not isinstance(auto_map, dict):
-        raise SettingsError(
-            f"{folder / CONFIG_FILE}: auto_map is {auto_map!r} instead of names of classes; correct it."
-        )
-    modules = {str(name).rpartition(".")[0] for name in auto_map.values() if "--" not in str(name)}
-    found: set[str] = set()
-    while modules:
-        name = f"{modules.pop()}.py"
-        if name not in found and "/" not in name and (folder / name).is_file():
-            found.add(name)
-            modules |= set(_RELATIVE_IMPORT.findall((folder / name).read_text(encoding="utf-8")))
-    return found
-
-
-def _pictures(card: str) -> set[str]:
-    """Return the paths of the pictures that the card shows from beside it, or from the folder of its figures."""
-    paths = {(markdown or html).removeprefix("./") for markdown, html in _PICTURE.findall(card)}
-    names = {path: path.removeprefix(f"{FIGURES_FOLDER}/") for path in paths if path.endswith(_PICTURE_SUFFIXES)}
-    return {path for path, name in names.items() if "/" not in name and not name.startswith(".")}
+    return card
 
 
 def _walk(folder: Path, wanted: set[str]) -> Iterator[Path]:
@@ -220,5 +235,7 @@ def _reason(path: Path) -> str:
         return "link"
     if is_weights(path.name):
         return "weights that nothing loads"
+    if path.name in (EVALUATION_FILE, ANALYSIS_FILE, REPORT_PAGE):
+        return "no report of our commands"
     known = (reason for pattern, reason in _REASONS if fnmatchcase(path.name, pattern))
     return next(known, "not known as part of a checkpoint")

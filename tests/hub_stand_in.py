@@ -303,6 +303,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer_json({"commitUrl": f"{self.server.endpoint}/{repo_id}/commit/{oid}", "commitOid": oid})
 
     def validate(self, request):
+        if not self.has_token():
+            return
         problems = ["base_model must exist"] if "no/such-model" in json.loads(request.body)["content"] else []
         errors = [{"message": problem} for problem in problems]
         self.answer_json({"errors": errors, "warnings": []}, 400 if errors else 200)

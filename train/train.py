@@ -61,7 +61,7 @@ def train(arguments: Arguments) -> None:
     """
     from transformers import set_seed
 
-    from upcycled_moe.hub.push import check_destination
+    from upcycled_moe.hub.destination import check_destination
     from upcycled_moe.train.data.blocks import (
         ResumableBlocks,
         SavePositionCallback,
@@ -76,7 +76,7 @@ def train(arguments: Arguments) -> None:
     from upcycled_moe.train.monitoring.summary import summary
     from upcycled_moe.train.saving.card import card_callback
     from upcycled_moe.train.saving.checkpoints import checkpoint_to_resume
-    from upcycled_moe.train.saving.pushing import destination_of
+    from upcycled_moe.train.saving.pushing import destination_of, push_final_model
     from upcycled_moe.train.saving.run_config import write_config
     from upcycled_moe.train.trainer import UpcyclingTrainer
 
@@ -85,7 +85,12 @@ def train(arguments: Arguments) -> None:
     training_args.set_tokens_per_step(data_args.block_size)
     if training_args.push_to_hub and training_args.process_index == 0:
         check_destination(destination_of(training_args))
-    checkpoint = checkpoint_to_resume(training_args)
+    try:
+        checkpoint = checkpoint_to_resume(training_args)
+    except RunEnded:
+        # The model is final, and perhaps not there yet: its upload may have failed.
+        push_final_model(training_args)
+        raise
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(model_args)
@@ -127,8 +132,7 @@ def train(arguments: Arguments) -> None:
     if training_args.should_save:
         print(summary(trainer, result, metrics))
     trainer.accelerator.end_training()
-    if training_args.push_to_hub and (pushed := trainer.push_to_hub()) is not None:
-        print(f"Pushed to {pushed.url}, commit {pushed.commit[:8]}.")
+    push_final_model(training_args)
 
 
 def _announce(arguments: Arguments, checkpoint: str | None) -> None:

@@ -34,6 +34,8 @@ def test_all_of_a_checkpoint_goes_with_its_size(pushed_checkpoint):
 def test_everything_else_stays_and_is_listed_with_the_reason(checkpoint):
     whole = folder_hashes(checkpoint)
     leave_secrets(checkpoint)
+    for name in ("report.json", "report.html"):
+        (checkpoint / name).write_text('{"format": 1}')
     upload = plan_upload(checkpoint)
     assert names(upload) == whole.keys()
     left_out = {entry.path: entry.reason for entry in upload.left_out}
@@ -47,6 +49,8 @@ def test_everything_else_stays_and_is_listed_with_the_reason(checkpoint):
         "optimizer.pt": "state of a run",
         "runs/": "log",
         "results.json": "link",
+        "report.json": "no report of our commands",
+        "report.html": "no report of our commands",
         "NOTICE": "link",
         "linked": "link",
         "private_photo.png": "picture that the card does not show",
@@ -69,6 +73,22 @@ def test_code_goes_as_far_as_the_configuration_needs_it(checkpoint):
     assert not [name for name in names(plan_upload(checkpoint)) if name.endswith(".py")]
 
 
+def test_reports_of_our_commands_go(checkpoint):
+    whole = folder_hashes(checkpoint)
+    (checkpoint / "results.json").write_text('{"checkpoints": [], "tasks": [], "settings": {}}')
+    (checkpoint / "report.json").write_text('{"format": 1, "checkpoints": [], "domains": []}')
+    (checkpoint / "report.html").write_text("<html>")
+    assert names(plan_upload(checkpoint)) == {*whole, "results.json", "report.json", "report.html"}
+
+
+def test_the_code_of_a_tokenizer_goes_with_what_it_imports(checkpoint):
+    write_json(checkpoint / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "fast.Fast"]}})
+    (checkpoint / "fast.py").write_text("from .words import Words\nimport .letters\n")
+    for name in ("words.py", "letters.py"):
+        (checkpoint / name).write_text("")
+    assert {"fast.py", "words.py", "letters.py"} <= names(plan_upload(checkpoint))
+
+
 @pytest.mark.parametrize(
     "shown",
     [
@@ -88,6 +108,26 @@ def test_a_card_can_show_nothing_that_must_stay(checkpoint, shown):
     assert names(plan_upload(checkpoint)) == whole.keys()
 
 
+def write_json(path, content):
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def name_missing_code(folder):
+    write_json(folder / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["slow.Slow", None]}})
+
+
+def name_code_elsewhere(folder):
+    (folder.parent / "keys.py").touch()
+    write_json(folder / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": "../keys.Keys"}})
+
+
+def link(name):
+    def spoil(folder):
+        (folder / name).symlink_to((folder / name).rename(folder.parent / "elsewhere"))
+
+    return spoil
+
+
 def spoil_card(folder):
     (folder / "README.md").write_text("---\nlicense: mine\n---\n# A model\n", encoding="utf-8")
 
@@ -95,15 +135,6 @@ def spoil_card(folder):
 def cut_short(folder):
     path = folder / "model-00002-of-00003.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-
-
-def link_weights(folder):
-    path = folder / "model-00003-of-00003.safetensors"
-    path.symlink_to(path.rename(folder.parent / "elsewhere.safetensors"))
-
-
-def link_card(folder):
-    (folder / "README.md").symlink_to((folder / "README.md").rename(folder / ".card.md"))
 
 
 @pytest.mark.parametrize(
@@ -125,8 +156,29 @@ def link_card(folder):
         (spoil_card, "README.md: license: 'mine' is not in the Hub's list; take 'other', with"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds an adapter"),
         (lambda folder: (folder / LOCK_FILE).touch(), "is what a command has not finished writing"),
-        (link_weights, "model-00003-of-00003.safetensors: is a link, and only plain files go to the Hub"),
-        (link_card, "README.md: is a link, and only plain files go to the Hub"),
+        *(
+            (link(name), f"{name}: is a link, and only plain files go to the Hub")
+            for name in (
+                "model-00003-of-00003.safetensors",
+                "README.md",
+                "tokenizer.json",
+                "routers_upcycled_moe.py",
+                "additional_chat_templates/tools.jinja",
+            )
+        ),
+        (link("additional_chat_templates"), "tools.jinja: is a link, and only plain files go to the Hub"),
+        (name_missing_code, "tokenizer_config.json: needs slow.py, which is not beside it"),
+        (name_code_elsewhere, "tokenizer_config.json: needs ../keys.py, which is not beside it"),
+        (
+            lambda folder: (folder / "routers_upcycled_moe.py").unlink(),
+            "modeling_upcycled_moe.py: needs routers_upcycled_moe.py, which is not beside it",
+        ),
+        (
+            lambda folder: (folder / "routers_upcycled_moe.py").write_bytes(b"# \xff"),
+            "routers_upcycled_moe.py: not UTF-8",
+        ),
+        (lambda folder: (folder / "README.md").write_bytes(b"\xff"), "README.md: not UTF-8"),
+        (lambda folder: (folder / "router_loads.png").unlink(), "picture: router_loads.png is not in"),
     ],
 )
 def test_what_is_no_whole_checkpoint_is_refused(checkpoint, spoil, error):

@@ -1,6 +1,8 @@
 """What arrives on the Hub, what does not, and what happens when the Hub refuses or fails."""
 
+import errno
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from upcycled_moe.common.progress import Progress
 from upcycled_moe.common.settings import SettingsError
+from upcycled_moe.hub.destination import Destination, check_destination
+from upcycled_moe.hub.errors import PushError, line
 from upcycled_moe.hub.files import plan_upload
-from upcycled_moe.hub.push import Destination, PushError, check_destination, push, push_written
+from upcycled_moe.hub.push import push, push_written
 
 
 PRIVATE = Destination("org/moe")
@@ -130,12 +134,65 @@ def test_weights_of_an_earlier_model_go(hub, checkpoint, tmp_path):
     assert load_file(tmp_path / "weights").keys() == load_file(checkpoint / "model.safetensors").keys()
 
 
+def test_what_loading_would_take_of_an_earlier_model_goes(hub, pushed_checkpoint):
+    stale = {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "added_tokens.json",
+        "additional_chat_templates/old.jinja",
+        "chat_template.json",
+        "custom_generate/generate.py",
+        "merges.txt",
+        "model.fp16.safetensors",
+        "processor_config.json",
+        "pytorch_model.bin",
+        "vocab.txt",
+    }
+    kept = {"notes.md", "LICENSE.md", "old/tokenizer.json", "figures/old.png", "old_code.py"}
+    # On the branch that is pushed to, whatever is on the other one.
+    hub.repositories["org/moe"] = Repository(True)
+    hub.repositories["org/moe"].branches["next"] = [dict.fromkeys(stale | kept, b"earlier")]
+    result = push(plan_upload(pushed_checkpoint), Destination("org/moe", "next"))
+    assert set(result.removed) == stale
+    assert hub.files("org/moe", "next").keys() == folder_hashes(pushed_checkpoint).keys() | kept
+
+
+@pytest.mark.parametrize("change", ["weights", "tokenizer", "folder"])
+def test_a_folder_that_changes_during_the_upload_shows_nothing(hub, checkpoint, change):
+    def write(request):
+        if request.method != "PUT" or hub.sent_objects():
+            return
+        if change == "weights":
+            path = checkpoint / "model-00001-of-00003.safetensors"
+            path.write_bytes(path.read_bytes()[:-1] + b"!")
+        elif change == "tokenizer":
+            (checkpoint / "tokenizer.json").write_text("{}")
+        else:
+            shutil.copytree(checkpoint, checkpoint.with_name("new"))
+            checkpoint.rename(checkpoint.with_name("old"))
+            checkpoint.with_name("new").rename(checkpoint)
+
+    upload = plan_upload(checkpoint)
+    hub.fail = write
+    with pytest.raises(PushError, match="changed during the upload, so nothing of it is shown; push again"):
+        push(upload, PRIVATE)
+    assert hub.files("org/moe") == {}
+
+
+def test_a_folder_that_changes_after_it_was_planned_is_not_sent(hub, checkpoint):
+    upload = plan_upload(checkpoint)
+    (checkpoint / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(PushError, match=r"model-00002-of-00003\.safetensors: changed during the upload"):
+        push(upload, PRIVATE)
+    assert not set(weight_digests(checkpoint).values()) & set(hub.sent_objects())
+
+
 def test_a_branch_is_made_and_main_stays(hub, pushed_checkpoint):
     for _ in range(2):
         result = push(plan_upload(pushed_checkpoint), Destination("org/moe", "step/100"))
         assert hub.files("org/moe") == {}
         assert hub.files("org/moe", "step/100").keys() == folder_hashes(pushed_checkpoint).keys()
-        assert result.url == f"{hub.endpoint}/org/moe/tree/step/100"
+        assert result.url == f"{hub.endpoint}/org/moe/tree/step%2F100"
 
 
 def test_a_gitignore_there_keeps_nothing_out(hub, pushed_checkpoint):
@@ -205,8 +262,86 @@ def test_a_failing_hub_is_one_line_without_signed_addresses(hub, pushed_checkpoi
     assert message.endswith(f"Push it with `upcycled-moe push {pushed_checkpoint} org/moe`.")
     assert "Signature" not in message
     assert "\n" not in message
-    # A moment's trouble is waited out, a lasting one is not.
-    assert len(hub.asked("^PUT")) == (6 * 2 if status == 500 else 2)
+    # A moment's trouble is waited out, a lasting one is not. Another file may be on its way meanwhile.
+    tries = Counter(request.path for request in hub.asked("^PUT"))
+    assert max(tries.values()) == (6 if status == 500 else 1)
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 404])
+def test_refusals_by_way_of_xet_are_told_as_others(hub, pushed_checkpoint, monkeypatch, status):
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    hub.fail = lambda request: status if "/xet-write-token/" in request.path else None
+    with pytest.raises(SettingsError) as raised:
+        push(plan_upload(pushed_checkpoint), PRIVATE)
+    problem = "the Hub does not know the token" if status == 401 else "the Hub does not allow it"
+    assert str(raised.value).startswith(f"org/moe: {problem} ({status} ")
+    assert hub.endpoint not in str(raised.value)
+    assert hub.asked("/xet-write-token/")
+    assert hub.files("org/moe") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("failed for url (https://cas.hf.co/x?X-Signature=secret)", "failed"),
+        ("Request error: 500, domain: http://127.0.0.1:1/api", "Request error: 500"),
+        ("two\nlines at https://hf.co/x?a=b", "two lines at"),
+        ("https://hf.co", "no reason given"),
+    ],
+)
+def test_no_address_is_shown(text, shown):
+    assert line(text) == shown
+
+
+def test_a_payment_that_is_due_is_a_refusal(hub, pushed_checkpoint):
+    hub.fail = lambda request: 402 if request.path.endswith("/batch") else None
+    with pytest.raises(SettingsError, match=r"^org/moe: the Hub does not allow it \(402 Payment Required"):
+        push(plan_upload(pushed_checkpoint), PRIVATE)
+
+
+def test_a_file_that_cannot_be_read_is_no_fault_of_the_hub(hub, pushed_checkpoint, monkeypatch):
+    def fail(*arguments):
+        raise OSError(errno.EIO, "Input/output error", "model.safetensors")
+
+    monkeypatch.setattr("upcycled_moe.hub.push.CommitOperationAdd", fail)
+    with pytest.raises(OSError, match=r"Input/output error: 'model\.safetensors'") as raised:
+        push(plan_upload(pushed_checkpoint), PRIVATE)
+    assert not isinstance(raised.value, PushError)
+
+
+def test_the_token_goes_where_the_client_sends_none_by_itself(hub, pushed_checkpoint, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    push(plan_upload(pushed_checkpoint), PRIVATE)
+    assert hub.files("org/moe")
+
+
+@pytest.mark.parametrize("answer", [[], {"error": "who?"}, {"name": "writer", "auth": None}])
+def test_what_is_no_hub_is_told_from_one_of_another_shape(hub, monkeypatch, answer):
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda api: answer)
+    if "name" in answer:
+        assert check_destination(PRIVATE) is None
+        return
+    with pytest.raises(PushError, match=f"^org/moe: no Hub answers at {hub.endpoint}.$"):
+        check_destination(PRIVATE)
+
+
+def test_settings_of_the_environment_that_cannot_be(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_ключ")
+    with pytest.raises(SettingsError, match="org/moe: HF_TOKEN has characters that no token has"):
+        check_destination(PRIVATE)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "hub.example")
+    with pytest.raises(SettingsError, match=r"HF_ENDPOINT=hub\.example is no address; begin it with https://"):
+        check_destination(PRIVATE)
+    assert not hub.log
+
+
+@pytest.mark.parametrize(
+    "branch", ["", "a b", "a..b", "refs/pr/1", "-x", "/x", "x/", "a//b", ".x", "a/.x", "x.lock", "@"]
+)
+def test_names_that_no_branch_has(branch):
+    with pytest.raises(SettingsError, match="is no name of a branch"):
+        Destination("org/moe", branch)
 
 
 def test_a_full_quota_is_told_by_the_hubs_own_words(hub, pushed_checkpoint):
@@ -236,7 +371,7 @@ def test_a_card_that_the_hub_refuses_leaves_no_repository(hub, checkpoint):
 
 
 def test_without_token_and_without_network(hub, monkeypatch, tmp_path):
-    monkeypatch.setattr("upcycled_moe.hub.push.get_token", lambda: None)
+    monkeypatch.setattr("upcycled_moe.hub.destination.get_token", lambda: None)
     with pytest.raises(SettingsError, match="no token for the Hub; log in with `hf auth login`, or set HF_TOKEN"):
         check_destination(PRIVATE)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -12,19 +12,18 @@ from ..errors import RunEnded
 
 
 if TYPE_CHECKING:
-    from ...hub.push import Destination, PushResult
+    from ...hub.destination import Destination
+
+# The `hub_*` fields that are None unless set.
+_OPTIONAL = ("hub_model_id", "hub_revision", "hub_private_repo", "hub_token")
 
 
 def check_hub_settings(args: TrainingArguments) -> None:
     """Check the `hub_*` fields of `args`; asks the Hub nothing.
 
     Raises:
-        SettingsError: if they name no repository, or ask for more than the final model to go there.
+        SettingsError: if they name no repository, ask for more than the final model to go there, or for nothing.
     """
-    if not args.push_to_hub:
-        return
-    if args.hub_model_id is None:
-        raise SettingsError("push_to_hub=true, but not where to; set hub_model_id=org/name.")
     if HubStrategy(args.hub_strategy) is not HubStrategy.END or args.hub_always_push:
         setting = (
             "hub_always_push=true" if args.hub_always_push else f"hub_strategy={HubStrategy(args.hub_strategy).value}"
@@ -32,6 +31,14 @@ def check_hub_settings(args: TrainingArguments) -> None:
         raise SettingsError(
             f"{setting}: only the final model goes to the Hub, no checkpoint and no optimizer; leave it out."
         )
+    if not args.push_to_hub:
+        if without_effect := [name for name in _OPTIONAL if getattr(args, name) is not None]:
+            raise SettingsError(
+                f"{without_effect[0]} says how push_to_hub=true uploads the model; set both, or leave it out."
+            )
+        return
+    if args.hub_model_id is None:
+        raise SettingsError("push_to_hub=true, but not where to; set hub_model_id=org/name.")
     destination_of(args)
 
 
@@ -41,7 +48,7 @@ def destination_of(args: TrainingArguments) -> "Destination":
     Raises:
         SettingsError: if that is no repository.
     """
-    from ...hub.push import DEFAULT_BRANCH, Destination
+    from ...hub.destination import DEFAULT_BRANCH, Destination
 
     return Destination(
         args.hub_model_id,
@@ -61,31 +68,39 @@ class PushingMixin:
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload nothing while training runs."""
 
-    def push_to_hub(self) -> "PushResult | None":
-        """Upload the model in `output_dir` from the first process, and say where it is; None in the others.
-
-        No process waits for another one: uploading may take longer than they would.
-
-        Raises:
-            PushError: if that fails; the message has the command that does it later.
-            RunEnded: if it is interrupted.
-        """
-        if self.args.process_index != 0:
-            return None
-
-        from ...hub.push import push_written
-
-        destination = destination_of(self.args)
-        try:
-            return push_written(self.args.output_dir, destination, _Warnings())
-        except KeyboardInterrupt:
-            command = destination.command(self.args.output_dir)
-            raise RunEnded(
-                130,
-                f"interrupted; {self.args.output_dir} holds the final model, and `{command}` goes on to upload it.",
-            ) from None
+    def push_to_hub(self) -> None:
+        """Upload the model in `output_dir`; see [`push_final_model`]."""
+        push_final_model(self.args)
 
 
-class _Warnings(Progress):
+def push_final_model(args: TrainingArguments) -> None:
+    """Upload the model in `output_dir`, if asked, from the first process, and print where it is.
+
+    No process waits for another one: uploading may take longer than they would.
+
+    Raises:
+        PushError: if that fails; the message has the command that does it later.
+        RunEnded: if it is interrupted.
+    """
+    if not args.push_to_hub or args.process_index != 0:
+        return
+
+    from ...hub.push import push_written
+
+    destination = destination_of(args)
+    try:
+        pushed = push_written(args.output_dir, destination, _Stderr())
+    except KeyboardInterrupt:
+        command = destination.command(args.output_dir)
+        raise RunEnded(
+            130, f"interrupted; {args.output_dir} holds the final model, and `{command}` goes on to upload it."
+        ) from None
+    print(f"Pushed to {pushed.url}, commit {pushed.commit[:8]}.")
+
+
+class _Stderr(Progress):
+    def tell(self, message: str) -> None:
+        print(f"train.py: {message}", file=sys.stderr)
+
     def warn(self, message: str) -> None:
         print(f"train.py: warning: {message}", file=sys.stderr)

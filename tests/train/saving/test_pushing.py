@@ -6,7 +6,7 @@ from training_runs import command_line
 from transformers import TrainingArguments
 
 from upcycled_moe.train.errors import RunEnded
-from upcycled_moe.train.saving.pushing import PushingMixin, destination_of
+from upcycled_moe.train.saving.pushing import destination_of, push_final_model
 from upcycled_moe.train.train import main
 
 
@@ -50,6 +50,13 @@ def test_a_push_that_fails_leaves_the_model_and_says_how_to_push_it(hub, setting
     assert message.endswith(f"Push it with `upcycled-moe push {out} org/trained`.")
     assert (out / "model.safetensors").is_file()
     assert (out / "trainer_state.json").is_file()
+    # Nor does it take another training.
+    hub.fail = lambda request: None
+    assert main(command_line({**settings, "resume_from_checkpoint": "auto"})) == 0
+    shown = capsys.readouterr()
+    assert f"Pushed to {hub.endpoint}/org/trained, commit " in shown.out
+    assert "nothing is left to train" in shown.err
+    assert hub.files("org/trained")["model.safetensors"] == (out / "model.safetensors").read_bytes()
 
 
 def test_an_interrupted_push_says_how_to_go_on(monkeypatch):
@@ -57,12 +64,11 @@ def test_an_interrupted_push_says_how_to_go_on(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("upcycled_moe.hub.push.push_written", interrupt)
-    run = PushingMixin()
-    run.args = TrainingArguments("out", push_to_hub=True, hub_model_id="org/trained", use_cpu=True)
+    args = TrainingArguments("out", push_to_hub=True, hub_model_id="org/trained", use_cpu=True)
     with pytest.raises(
         RunEnded, match="out holds the final model, and `upcycled-moe push out org/trained` goes on"
     ) as ended:
-        run.push_to_hub()
+        push_final_model(args)
     assert ended.value.status == 130
 
 
@@ -88,6 +94,7 @@ def test_a_public_repository_is_refused_before_training(hub, settings, capsys):
         ({"hub_strategy": "checkpoint"}, "hub_strategy=checkpoint: only the final model goes to the Hub"),
         ({"hub_always_push": True}, "hub_always_push=true: only the final model goes to the Hub"),
         ({"hub_model_id": "trained"}, "'trained' is no repository of the Hub"),
+        ({"push_to_hub": None}, "hub_model_id says how push_to_hub=true uploads the model; set both, or leave it"),
         ({"hub_model_id": None}, "push_to_hub=true, but not where to; set hub_model_id=org/name"),
     ],
 )
