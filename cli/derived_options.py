@@ -8,7 +8,15 @@ from ..common.settings import MAX_SHARD_SIZE, parse_size
 def add_places(parser: argparse.ArgumentParser) -> None:
     """Add what is read and what is written."""
     parser.add_argument("checkpoint", metavar="CKPT", help="upcycled checkpoint: folder or Hub id")
-    parser.add_argument("out", metavar="OUT", help="folder to write; it appears only when all is written")
+    parser.add_argument(
+        "out", metavar="OUT", type=_folder, help="folder to write; it appears only when all is written"
+    )
+
+
+def _folder(name: str) -> str:
+    if not name:
+        raise argparse.ArgumentTypeError("empty, which would be the folder that you are in; give a folder.")
+    return name
 
 
 def add_output_options(parser: argparse.ArgumentParser, dry_run: str = "say what would be written") -> None:

@@ -2,10 +2,23 @@
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from .checkpoints import load_tokenizer
 from .labelled_text import Block, labelled_blocks
+from .moe_source import MoeSource
 from .settings import SettingsError
 from .text import open_text
 from .text_settings import TextSettings
+
+
+def load_text_tokenizer(source: MoeSource) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of `source`.
+
+    Raises:
+        SettingsError: if it has none.
+    """
+    if not source.has_tokenizer:
+        raise SettingsError(f"{source.name}: has no tokenizer to read text with; put its files beside the weights.")
+    return load_tokenizer(str(source.folder), config=source.config)
 
 
 def read_blocks(settings: TextSettings, tokenizer: PreTrainedTokenizerBase, block_size: int) -> dict[str, list[Block]]:

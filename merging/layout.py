@@ -3,15 +3,14 @@
 Dimensions: E experts with weights, I width of the dense FFN, G slices of it, C = E / G copies of each.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..common.expert_slices import RECIPE_WAY_OUT, conversion_recipe, num_expert_slices
 from ..common.moe_source import MoeSource
 from ..common.output_factors import output_factors
 from ..common.settings import SettingsError
-
-
-_WAY_OUT = "put the upcycling.json that the conversion wrote beside the weights"
 
 
 @dataclass(frozen=True)
@@ -57,20 +56,17 @@ def expert_layout(source: MoeSource) -> ExpertLayout:
     Raises:
         SettingsError: if they are no FFNs of one width, or the recipe is needed and not there, or of another model.
     """
-    config, recipe = source.config, _recipe(source)
+    config, recipe = source.config, conversion_recipe(source)
     has_shared_expert = config.shared_expert_intermediate_size > 0
-    is_narrow = config.moe_intermediate_size < config.intermediate_size
-    if recipe is None and (has_shared_expert or is_narrow):
-        what = "a shared expert" if has_shared_expert else "experts narrower than the FFN"
-        raise SettingsError(
-            f"{source.name}: has {what}, and no upcycling.json with the recipe that says what experts were multiplied "
-            f"with and whether they are slices; {_WAY_OUT}."
-        )
-    factors, num_slices = (1.0, 1.0), 1
+    factors, num_slices = (1.0, 1.0), num_expert_slices(source)
     if recipe is not None:
         _check_recipe(source, recipe)
         factors = output_factors(recipe["experts"], recipe["backbone"], recipe["shared_expert"])
-        num_slices = recipe["expert_granularity"] if recipe["experts"] == "split" else 1
+    elif has_shared_expert:
+        raise SettingsError(
+            f"{source.name}: has a shared expert, and no upcycling.json with the recipe that says what experts were "
+            f"multiplied with; {RECIPE_WAY_OUT}."
+        )
     layout = ExpertLayout(
         moe_layers=tuple(config.moe_layers),
         num_experts=config.num_experts,
@@ -84,25 +80,13 @@ def expert_layout(source: MoeSource) -> ExpertLayout:
     return layout
 
 
-def _recipe(source: MoeSource) -> dict[str, Any] | None:
-    """Return the recipe of the conversion, None if it is not known."""
-    recipe = (source.provenance or {}).get("recipe")
-    needed = {"experts", "backbone", "shared_expert", "expert_granularity", "num_experts"}
-    return recipe if isinstance(recipe, dict) and needed <= recipe.keys() else None
-
-
-def _check_recipe(source: MoeSource, recipe: dict[str, Any]) -> None:
+def _check_recipe(source: MoeSource, recipe: Mapping[str, Any]) -> None:
     config = source.config
     shared_expert = config.shared_expert_gating if config.shared_expert_intermediate_size else "none"
     if recipe["shared_expert"] != shared_expert:
         raise SettingsError(
             f"{source.name}: upcycling.json says shared_expert={recipe['shared_expert']!r}, the model has "
-            f"{shared_expert!r}; {_WAY_OUT}."
-        )
-    if recipe["experts"] == "split" and recipe["num_experts"] != config.num_experts:
-        raise SettingsError(
-            f"{source.name}: was converted to {recipe['num_experts']} slices of FFNs and has {config.num_experts} "
-            "experts; nothing says which slices are left, so merge the checkpoint that had all."
+            f"{shared_expert!r}; {RECIPE_WAY_OUT}."
         )
 
 

@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 
 from modeling_upcycled_moe.selection_upcycled_moe import sum_dtype
 
-from ..common.checkpoints import load_model, load_tokenizer
+from ..common.checkpoints import load_model
 from ..common.devices import best_device
 from ..common.moe_layers import MoeLayer, RoutedTokens, find_moe_layers
 from ..common.moe_source import MoeSource
 from ..common.progress import Progress
 from ..common.routing_pass import run_pass
 from ..common.settings import SettingsError
-from ..common.text_blocks import check_tokens, read_blocks
+from ..common.text_blocks import check_tokens, load_text_tokenizer, read_blocks
 from ..common.text_settings import TextSettings
 from .coefficients import MergeCoefficients
 from .layout import ExpertLayout
@@ -85,9 +85,7 @@ def measure_coefficients(
     Raises:
         SettingsError: if the text does not fit the model, or a router does not use its experts.
     """
-    if not source.has_tokenizer:
-        raise SettingsError(f"{source.name}: has no tokenizer to read text with; put its files beside the weights.")
-    tokenizer = load_tokenizer(str(source.folder))
+    tokenizer = load_text_tokenizer(source)
     block_size = text.block_size_for({source.name: source.config.max_position_embeddings})
     domains = read_blocks(text, tokenizer, block_size)
     check_tokens(source.name, domains, source.config)

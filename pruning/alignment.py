@@ -122,9 +122,10 @@ def neuron_order(reference: list[Tensor], other: list[Tensor]) -> Tensor:
     from scipy.optimize import linear_sum_assignment
 
     width = len(reference[0])
-    products = torch.zeros(width, width, dtype=torch.double)
+    # By what SciPy looks for as it is, the least: for the most it would copy the matrix.
+    costs = torch.zeros(width, width, dtype=torch.double)
     for first, second in zip(reference, other, strict=True):
         second = second.float()
-        for begin, end in row_blocks(first.shape):
-            products[begin:end] += first[begin:end].float() @ second.T
-    return torch.from_numpy(linear_sum_assignment(products.numpy(), maximize=True)[1])
+        for begin, end in row_blocks((width, max(first.shape))):
+            costs[begin:end] -= first[begin:end].float() @ second.T
+    return torch.from_numpy(linear_sum_assignment(costs.numpy())[1])

@@ -1,14 +1,15 @@
 """Which experts of a layer are kept, and which of them take in the others.
 
-Dimensions: C experts with weights of their own, P parts of neighbouring experts of equal size.
+Dimensions: C experts with weights of their own, P parts of neighbouring experts of equal size, G slices of an FFN.
 
 Parts are what cannot do without some of its experts: the groups that a selection takes experts from, the slices of an
 FFN, the experts of a node. Each keeps as many, and its experts are merged among themselves.
+
+Where experts are slices, expert `g * C / G + c` is slice g of copy c, and copies go or stay whole: a token that gets
+some slices of a copy and not the others gets no FFN.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -17,11 +18,11 @@ from modeling_upcycled_moe import UpcycledQwenMoeConfig
 from ..common.settings import SettingsError
 
 
-def num_parts(config: UpcycledQwenMoeConfig, provenance: Mapping[str, Any] | None, num_experts: int) -> int:
+def num_parts(config: UpcycledQwenMoeConfig, num_slices: int, num_experts: int) -> int:
     """Return P for a model with `config`, of which `num_experts` experts are kept in each layer.
 
     Args:
-        provenance: of the checkpoint, which says whether experts are slices of an FFN.
+        num_slices: G; 1 where each expert is a whole FFN.
 
     Raises:
         SettingsError: if it has no more experts than that, or the parts cannot keep equal numbers.
@@ -32,7 +33,7 @@ def num_parts(config: UpcycledQwenMoeConfig, provenance: Mapping[str, Any] | Non
         )
     parts = {
         "num_expert_groups": config.num_expert_groups or 1,
-        "expert_granularity": _num_slices(provenance),
+        "expert_granularity": num_slices,
         "expert_nodes": _num_nodes(config),
     }
     reasons = {
@@ -55,11 +56,6 @@ def num_parts(config: UpcycledQwenMoeConfig, provenance: Mapping[str, Any] | Non
     return common
 
 
-def _num_slices(provenance: Mapping[str, Any] | None) -> int:
-    recipe = (provenance or {}).get("recipe") or {}
-    return recipe.get("expert_granularity", 1) if recipe.get("experts") == "split" else 1
-
-
 def _num_nodes(config: UpcycledQwenMoeConfig) -> int:
     if config.expert_nodes is None:
         return 1
@@ -76,34 +72,41 @@ def _num_nodes(config: UpcycledQwenMoeConfig) -> int:
     return num_nodes
 
 
-def kept_experts(scores: Tensor, num_kept: int, parts: int) -> list[int]:
+def kept_experts(scores: Tensor, num_kept: int, parts: int, num_slices: int = 1) -> list[int]:
     """Return the numbers, in their order, of the `num_kept` experts with the best `scores` [C].
 
-    Each of the parts keeps as many. Of equal experts the first are kept.
+    Each of the P `parts`, a multiple of G, keeps as many. Of slices the copies are kept whose scores have the highest
+    sums. Of equal experts the first are kept.
     """
+    values = scores.unflatten(0, (num_slices, -1)).sum(dim=0).tolist()
     size = len(scores) // parts
-    values = scores.tolist()
     kept = []
     for first in range(0, len(values), size):
-        ranked = sorted(range(first, first + size), key=lambda expert: -values[expert])
+        ranked = sorted(range(first, first + size), key=lambda copy: -values[copy])
         kept += ranked[: num_kept // parts]
-    return sorted(kept)
+    return [number * len(values) + copy for number in range(num_slices) for copy in sorted(kept)]
 
 
-def merge_groups(similarity: Tensor, kept: list[int], parts: int) -> list[list[int]]:
+def merge_groups(similarity: Tensor, kept: list[int], parts: int, num_slices: int = 1) -> list[list[int]]:
     """Return a group for each of the experts `kept`: itself, then those that are merged into it.
 
-    Every other expert goes to the kept one of its part that it is most similar to.
+    Every other expert goes to the kept one of its part that it is most similar to. Slices go as their copies do, by
+    the sum of the similarities of their slices.
 
     Args:
         similarity: of each two experts [C, C].
 
     Source: M-SMoE (arXiv 2310.01334), its grouping around the dominant experts.
     """
-    size = len(similarity) // parts
-    groups = {expert: [expert] for expert in kept}
-    for expert in range(len(similarity)):
-        if expert not in groups:
-            near = [other for other in kept if other // size == expert // size]
-            groups[max(near, key=lambda other: similarity[expert, other].item())].append(expert)
-    return list(groups.values())
+    size, num_copies = len(similarity) // parts, len(similarity) // num_slices
+    slices = similarity.unflatten(0, (num_slices, -1)).unflatten(2, (num_slices, -1))  # [G, C / G, G, C / G]
+    alike = slices.diagonal(dim1=0, dim2=2).sum(dim=-1).tolist()  # [C / G, C / G]
+    groups = {copy: [copy] for copy in kept if copy < num_copies}
+    staying = list(groups)
+    for copy in range(num_copies):
+        if copy not in groups:
+            near = [other for other in staying if other // size == copy // size]
+            groups[max(near, key=lambda other: alike[copy][other])].append(copy)
+    return [
+        [number * num_copies + copy for copy in group] for number in range(num_slices) for group in groups.values()
+    ]

@@ -1,7 +1,7 @@
 """Pruning: an upcycled checkpoint and text go in, one with fewer experts comes out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from modeling_upcycled_moe import UpcycledQwenMoeConfig
 
-from ..common.checkpoints import load_model, load_tokenizer
+from ..common.checkpoints import load_model
 from ..common.derived_checkpoint import DerivedCheckpoint, check_derived, written
 from ..common.devices import best_device, free_memory
+from ..common.expert_slices import num_expert_slices
 from ..common.labelled_text import Block
 from ..common.moe_layers import find_moe_layers
 from ..common.moe_source import MoeSource
@@ -21,16 +22,17 @@ from ..common.provenance import with_step, write_provenance
 from ..common.routing_pass import run_pass
 from ..common.settings import SettingsError
 from ..common.streaming.planned import into_shards
-from ..common.text_blocks import check_tokens, read_blocks
+from ..common.text_blocks import check_tokens, load_text_tokenizer, read_blocks
 from ..common.text_files import find_files
 from ..common.text_settings import TextSettings
 from ..model_cards.card import write_card
+from ..model_cards.checkpoint import num_idle_parameters
 from .alignment import check_assignment, merged_expert
 from .choice import kept_experts, merge_groups, num_parts
 from .losses import domains_in_common, measure_losses
 from .results import LayerResult, Losses, PruneResult
 from .scores import SCORES, LogitSimilarity
-from .settings import PruneSettings
+from .settings import EVALUATION_SPLIT, PruneSettings
 from .tensors import PrunedLayer, fused_experts, pruned_config, pruned_tensors
 
 
@@ -72,7 +74,8 @@ def prune(
     progress, out = progress or Progress(), Path(out)
     if settings.method == "merge":
         check_assignment()
-    parts = num_parts(source.config, source.provenance, settings.num_experts)
+    num_slices = num_expert_slices(source)
+    parts = num_parts(source.config, num_slices, settings.num_experts)
     config = pruned_config(source.config, settings.num_experts, settings.num_experts_per_tok)
     first = PrunedLayer(range(settings.num_experts))
     # Which experts are kept changes no size.
@@ -81,21 +84,21 @@ def prune(
     check_derived(same_size, out, _files(settings.calibration, evaluation), overwrite)
     text = _read_text(source, settings.calibration, evaluation)
     scores, similarity, before = _look_at(source, settings, text, progress)
-    results = _choose(config.moe_layers, scores, similarity, settings.num_experts, parts)
-    layers = _pruned_layers(source, results, progress)
-    derived = _derived(source, config, layers, settings)
+    results = _choose(config.moe_layers, scores, similarity, settings.num_experts, parts, num_slices)
     result = PruneResult(
         folder=None if dry_run else out,
-        settings=_settings_as_json(settings, source.config, config),
+        settings=_settings_as_json(settings, evaluation, source.config, config),
         layers=results,
         calibration_tokens=_num_tokens(text.calibration),
-        num_bytes=derived.num_bytes,
-        total_parameters=derived.total_parameters,
+        num_bytes=same_size.num_bytes,
+        total_parameters=same_size.total_parameters,
+        active_parameters=same_size.total_parameters - _num_idle_parameters(same_size),
         before=before,
         notes=_notes(text),
     )
     if dry_run:
         return result
+    derived = _derived(source, config, _pruned_layers(source, results, progress), settings)
     with written(derived, out, overwrite, progress) as folder:
         if text.evaluation is not None:
             result.after = _loss_of(folder, str(out), config, settings, text, progress)
@@ -119,10 +122,13 @@ def _evaluation_text(source: MoeSource, settings: PruneSettings) -> TextSettings
         SettingsError: if there is some all the same.
     """
     if source.config.architectures[0].endswith("ForCausalLM"):
-        data = settings.evaluation_data or settings.calibration.data
-        return replace(settings.calibration, data=data, split=settings.evaluation_split)
-    if settings.evaluation_data:
-        raise SettingsError(f"{source.name}: is a classifier, which predicts no text; leave --eval-data out.")
+        return settings.evaluation
+    for flag, is_given in (
+        ("--eval-data", bool(settings.evaluation_data)),
+        ("--eval-split", settings.evaluation_split != EVALUATION_SPLIT),
+    ):
+        if is_given:
+            raise SettingsError(f"{source.name}: is a classifier, which predicts no text; leave {flag} out.")
     return None
 
 
@@ -138,7 +144,7 @@ def _files(*texts: TextSettings | None) -> list[Path]:
 
 def _read_text(source: MoeSource, calibration: TextSettings, evaluation: TextSettings | None) -> _Text:
     block_size = calibration.block_size_for({source.name: source.config.max_position_embeddings})
-    tokenizer = load_tokenizer(str(source.folder), config=source.config)
+    tokenizer = load_text_tokenizer(source)
     domains = [text and read_blocks(text, tokenizer, block_size) for text in (calibration, evaluation)]
     for found in filter(None, domains):
         check_tokens(source.name, found, source.config)
@@ -193,12 +199,17 @@ def _load(folder: Path, config: PreTrainedConfig, settings: PruneSettings) -> Pr
 
 
 def _choose(
-    indices: Sequence[int], scores: torch.Tensor, similarity: torch.Tensor | None, num_experts: int, parts: int
+    indices: Sequence[int],
+    scores: torch.Tensor,
+    similarity: torch.Tensor | None,
+    num_experts: int,
+    parts: int,
+    num_slices: int,
 ) -> list[LayerResult]:
     results = []
     for number, layer_idx in enumerate(indices):
-        kept = kept_experts(scores[number], num_experts, parts)
-        groups = None if similarity is None else merge_groups(similarity[number], kept, parts)
+        kept = kept_experts(scores[number], num_experts, parts, num_slices)
+        groups = None if similarity is None else merge_groups(similarity[number], kept, parts, num_slices)
         results.append(LayerResult(layer_idx, scores[number].tolist(), kept, groups))
     return results
 
@@ -219,22 +230,29 @@ def _pruned_layers(source: MoeSource, results: Sequence[LayerResult], progress: 
     return layers
 
 
+def _num_idle_parameters(derived: DerivedCheckpoint) -> int:
+    tensors = [tensor for shard in derived.shards for tensor in shard.tensors if tensor.is_parameter]
+    return num_idle_parameters({tensor.name: tensor.shape for tensor in tensors}, derived.config.to_dict())
+
+
 def _num_tokens(domains: Mapping[str, Sequence[Block]]) -> dict[str, int]:
     return {name: sum(len(block["input_ids"]) for block in blocks) for name, blocks in domains.items()}
 
 
 def _settings_as_json(
-    settings: PruneSettings, before: UpcycledQwenMoeConfig, after: UpcycledQwenMoeConfig
+    settings: PruneSettings,
+    evaluation: TextSettings | None,
+    before: UpcycledQwenMoeConfig,
+    after: UpcycledQwenMoeConfig,
 ) -> dict[str, Any]:
-    calibration = settings.calibration
     return {
         "method": settings.method,
         "num_experts": {"before": before.num_experts, "after": after.num_experts},
         "num_experts_per_tok": {"before": before.num_experts_per_tok, "after": after.num_experts_per_tok},
-        "data": list(calibration.data),
-        "split": calibration.split,
-        "evaluation_data": list(settings.evaluation_data or calibration.data),
-        "evaluation_split": settings.evaluation_split,
-        "tokens_per_domain": calibration.tokens_per_domain,
-        "dtype": calibration.dtype,
+        "text": _text_as_json(settings.calibration),
+        "evaluation_text": None if evaluation is None else _text_as_json(evaluation),
     }
+
+
+def _text_as_json(text: TextSettings) -> dict[str, Any]:
+    return {**asdict(text), "data": list(text.data)}

@@ -67,7 +67,8 @@ class PruneResult:
         settings: method, numbers of experts, and text, as they go into provenance.
         layers: the MoE layers.
         calibration_tokens: that the scores are from, by domain.
-        num_bytes: of all weights, and `total_parameters` of the new model.
+        num_bytes: of all weights of the new model.
+        total_parameters: of the new model, and of them `active_parameters` for a token.
         before: the loss of the checkpoint; None where it is not measured.
         after: that of the result.
         notes: sentences for the reader.
@@ -79,6 +80,7 @@ class PruneResult:
     calibration_tokens: dict[str, int]
     num_bytes: int
     total_parameters: int
+    active_parameters: int
     before: Losses | None = None
     after: Losses | None = None
     notes: list[str] = field(default_factory=list)
@@ -86,6 +88,8 @@ class PruneResult:
     def facts(self) -> dict[str, Any]:
         """Return what provenance says of it."""
         return self.settings | {
+            "total_parameters": self.total_parameters,
+            "active_parameters": self.active_parameters,
             "calibration_tokens": self.calibration_tokens,
             "loss": {
                 name: None if losses is None else losses.to_dict()
@@ -99,7 +103,6 @@ class PruneResult:
         return {
             "folder": None if self.folder is None else str(self.folder),
             "num_bytes": self.num_bytes,
-            "total_parameters": self.total_parameters,
             **self.facts(),
             "notes": self.notes,
         }

@@ -1,7 +1,7 @@
 """What `prune` is asked for. Imports nothing heavy."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..common.settings import SettingsError
 from ..common.text_settings import TextSettings
@@ -50,3 +50,9 @@ class PruneSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name}={value} must be at least 1.")
+
+    @property
+    def evaluation(self) -> TextSettings:
+        """The text that the loss is measured on."""
+        data = self.evaluation_data or self.calibration.data
+        return replace(self.calibration, data=data, split=self.evaluation_split)

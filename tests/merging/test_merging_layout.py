@@ -17,11 +17,12 @@ from upcycled_moe.merging.settings import MergeSettings
 def changed(tmp_path):
     """`changed(source, recipe={…}, without_provenance=True)`: a copy of a checkpoint that says something else."""
 
-    def change(source, recipe=None, without_provenance=False):
+    def change(source, recipe=None, steps=(), without_provenance=False):
         folder = tmp_path / "changed"
         shutil.copytree(source.folder, folder)
         provenance = json.loads((folder / "upcycling.json").read_text())
         provenance["recipe"] |= recipe or {}
+        provenance["steps"] = list(steps)
         (folder / "upcycling.json").write_text(json.dumps(provenance))
         if without_provenance:
             (folder / "upcycling.json").unlink()
@@ -43,6 +44,11 @@ def test_slices_of_a_kind_stand_one_after_the_other(upcycled):
     [
         ({"shared_expert": "plain"}, {"without_provenance": True}, "has a shared expert, and no upcycling.json"),
         ({"experts": "split"}, {"without_provenance": True}, "has experts narrower than the FFN, and no upcycling"),
+        (
+            {"experts": "split"},
+            {"recipe": {"num_experts": 8}, "steps": [{"command": "prune", "num_experts": {"before": 8, "after": 6}}]},
+            "was converted to 8 slices of FFNs and has 4 experts",
+        ),
         (
             {"shared_expert": "plain"},
             {"recipe": {"shared_expert": "sigmoid"}},
@@ -66,6 +72,13 @@ def test_narrow_experts_make_a_narrow_model_where_all_layers_have_them(upcycled,
     source = changed(upcycled("qwen2", experts="split")[1], recipe={"experts": "copy"})
     plan = plan_merge(source, MergeSettings(), tmp_path / "out", 10**9)
     assert plan.derived.config.intermediate_size == 48
+
+
+def test_slices_of_a_pruned_checkpoint_are_those_that_were_kept(upcycled, changed):
+    _, source = upcycled("qwen2", experts="split")
+    steps = [{"command": "prune", "num_experts": {"before": 8, "after": 4}}, {"command": "train"}]
+    pruned = changed(source, recipe={"num_experts": 8}, steps=steps)
+    assert expert_layout(pruned) == expert_layout(source)
 
 
 def test_only_a_model_with_a_shared_expert_can_be_it_alone(tmp_path):

@@ -2,19 +2,25 @@
 
 import os
 import signal
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from dense_checkpoints import byte_level_tokenizer, exit_status, folder_hashes
 from moe_checkpoints import DOMAINS, make_model, write_checkpoint
+from safetensors.torch import load_file
 
 from modeling_upcycled_moe import UpcycledQwenMoeForCausalLM
 from upcycled_moe.common.checkpoints import load_config, load_model
 from upcycled_moe.common.moe_source import open_moe
 from upcycled_moe.common.progress import Progress
-from upcycled_moe.common.provenance import read_provenance, write_provenance
+from upcycled_moe.common.provenance import read_provenance
 from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.common.text_settings import TextSettings
+from upcycled_moe.conversion.convert import convert
+from upcycled_moe.conversion.source import open_source
+from upcycled_moe.merging.merge import merge, plan_merge
+from upcycled_moe.merging.settings import MergeSettings
 from upcycled_moe.pruning import prune as prune_module
 from upcycled_moe.pruning.prune import prune
 from upcycled_moe.pruning.settings import METHODS, PruneSettings
@@ -80,15 +86,21 @@ def test_merged_twins_are_one_expert(tmp_path, settings, make_tokens):
 
 
 @pytest.mark.parametrize("method", ["easy_ep", "merge"])
-def test_what_is_recorded_is_what_was_done(checkpoint, tmp_path, settings, method):
+def test_what_is_recorded_is_what_was_done(checkpoint, tmp_path, settings, text, method):
     source = open_moe(str(checkpoint))
-    result = prune(source, settings(method), tmp_path / "out")
+    result = prune(source, settings(method, evaluation_data=[str(text / "words")]), tmp_path / "out")
     [step] = read_provenance(tmp_path / "out")["steps"]
     assert (step["command"], step["method"]) == ("prune", method)
     assert step["source"] == {"name": str(checkpoint), "revision": None}
     assert step["num_experts"] == {"before": 4, "after": 2}
     assert step["calibration_tokens"] == dict.fromkeys(DOMAINS, 256)
+    read = {field.name: field.default for field in fields(TextSettings)} | {"tokens_per_domain": 256, "block_size": 64}
+    assert step["text"] == read | {"data": [str(text)], "split": "train"}
+    assert step["evaluation_text"] == read | {"data": [str(text / "words")], "split": "validation"}
     written = load_model(str(tmp_path / "out"), load_config(str(tmp_path / "out")), dtype="auto", device="cpu")
+    assert step["total_parameters"] == sum(parameter.numel() for parameter in written.parameters())
+    # A token has both experts that are left.
+    assert step["active_parameters"] == step["total_parameters"]
     for layer, recorded in zip(result.layers, step["layers"], strict=True):
         assert recorded["layer"] == layer.index
         assert recorded["scores"] == pytest.approx(list(layer.scores), rel=1e-5)
@@ -125,16 +137,47 @@ def test_the_same_text_for_both_is_told(checkpoint, tmp_path, settings, text):
     assert prune(source, other, tmp_path / "out", dry_run=True).notes == []
 
 
-def test_slices_of_an_ffn_keep_as_many_copies_each(checkpoint, tmp_path, settings):
-    source = open_moe(str(checkpoint))
-    # As if converted so: experts 0 and 1 are copies of one slice, 2 and 3 of the other.
-    write_provenance(tmp_path, {"recipe": {"experts": "split", "expert_granularity": 2}})
-    source.__dict__["provenance"] = read_provenance(tmp_path)
-    for method in ("reap", "merge"):
-        result = prune(source, settings(method), tmp_path / method, dry_run=True)
-        assert all(layer.kept[0] in (0, 1) and layer.kept[1] in (2, 3) for layer in result.layers)
+@pytest.fixture(scope="module")
+def slices(dense, linear_recipe, tmp_path_factory):
+    """A fresh checkpoint of four copies of FFNs, in two slices each."""
+    out = tmp_path_factory.mktemp("slices") / "moe"
+    recipe = linear_recipe(num_experts=8, experts="split", expert_granularity=2, num_experts_per_tok=2)
+    convert(open_source(str(dense())), recipe, out)
+    return out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fresh_slices_compute_the_same_with_fewer_copies(slices, tmp_path, settings, method):
+    """A token has all slices of a copy, as long as the same copies are left of each."""
+    result = prune(open_moe(str(slices)), settings(method, 4), tmp_path / "out")
+    for layer in result.layers:
+        assert layer.kept == [*layer.kept[:2], *(expert + 4 for expert in layer.kept[:2])]
+    assert result.after.overall.loss == pytest.approx(result.before.overall.loss, rel=1e-6)
+
+
+def test_slices_that_are_left_can_be_told(slices, dense, tmp_path, settings):
+    prune(open_moe(str(slices)), settings("frequency", 4), tmp_path / "half")
+    source = open_moe(str(tmp_path / "half"))
+    merge(plan_merge(source, MergeSettings(), tmp_path / "merged", 10**9), tmp_path / "merged")
+    first, second = (load_file(folder / "model.safetensors") for folder in (dense(), tmp_path / "merged"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
     with pytest.raises(SettingsError, match="num_experts=3 is not a multiple of the 2 of expert_granularity"):
-        prune(source, settings(num_experts=3), tmp_path / "out", dry_run=True)
+        prune(source, settings(num_experts=3), tmp_path / "out")
+    source.provenance["steps"][-1]["num_experts"]["after"] = 6
+    with pytest.raises(SettingsError, match="was converted to 8 slices of FFNs and has 4 experts; nothing says which"):
+        prune(source, settings(num_experts=2), tmp_path / "out")
+
+
+def test_narrow_experts_need_the_recipe(slices, tmp_path, settings):
+    source = replace(open_moe(str(slices)), provenance=None)
+    with pytest.raises(SettingsError, match="has experts narrower than the FFN, and no upcycling"):
+        prune(source, settings(num_experts=4), tmp_path / "out")
+
+
+def test_a_checkpoint_without_a_tokenizer_cannot_read_text(tmp_path, settings):
+    make_model("linear").save_pretrained(tmp_path / "moe")
+    with pytest.raises(SettingsError, match=r"moe: has no tokenizer to read text with; put its files beside"):
+        prune(open_moe(str(tmp_path / "moe")), settings(), tmp_path / "out")
 
 
 def test_a_classifier_has_no_loss(tmp_path, settings):
@@ -148,12 +191,16 @@ def test_a_classifier_has_no_loss(tmp_path, settings):
     assert (type(loaded).__name__, config.num_experts) == ("UpcycledQwenMoeForSequenceClassification", 2)
     with pytest.raises(SettingsError, match="is a classifier, which predicts no text; leave --eval-data out"):
         prune(source, settings(evaluation_data=["text.txt"]), tmp_path / "out")
+    with pytest.raises(SettingsError, match="is a classifier, which predicts no text; leave --eval-split out"):
+        prune(source, settings(evaluation_split="test"), tmp_path / "out")
 
 
-def test_a_dry_run_writes_nothing(checkpoint, tmp_path, settings):
+def test_a_dry_run_aligns_and_writes_nothing(checkpoint, tmp_path, settings, monkeypatch):
     before = folder_hashes(tmp_path)
     source = open_moe(str(checkpoint))
-    planned = prune(source, settings("merge"), tmp_path / "out", dry_run=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(prune_module, "merged_expert", None)
+        planned = prune(source, settings("merge"), tmp_path / "out", dry_run=True)
     assert folder_hashes(tmp_path) == before == {}
     written = prune(source, settings("merge"), tmp_path / "out")
     assert (planned.folder, planned.after) == (None, None)
