@@ -46,7 +46,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--save-coefficients",
         metavar="FILE",
         type=Path,
-        help="write what was used, as --coefficients takes it; with --overwrite over a file that is there",
+        help="write what was used, as --coefficients takes it; with --overwrite over a file of them that is there",
     )
     add_output_options(parser)
     text = parser.add_argument_group("text, for --method usage")
@@ -65,13 +65,15 @@ def run(options: argparse.Namespace) -> int:
     from .console import ConsoleProgress, quiet_libraries
 
     shard_bytes, out = max_shard_bytes(options), Path(options.out)
-    _check_saved(options, out)
+    if options.dry_run and options.save_coefficients is not None:
+        raise SettingsError("--dry-run writes nothing; leave --save-coefficients out, or give --json to see them.")
     quiet_libraries()
     progress = ConsoleProgress()
     source = open_moe(options.checkpoint, options.revision)
-    plan = plan_merge(source, settings, out, shard_bytes, overwrite=options.overwrite, progress=progress)
+    places = {"save_coefficients": options.save_coefficients, "overwrite": options.overwrite}
+    plan = plan_merge(source, settings, out, shard_bytes, **places, progress=progress)
     if not options.dry_run:
-        merge(plan, out, save_coefficients=options.save_coefficients, overwrite=options.overwrite, progress=progress)
+        merge(plan, out, **places, progress=progress)
     if options.json:
         print(json.dumps(plan.to_dict(), indent=2))
     else:
@@ -87,21 +89,6 @@ def _settings(options: argparse.Namespace) -> MergeSettings:
     return MergeSettings(options.method, options.coefficients, text if text.data else None)
 
 
-def _check_saved(options: argparse.Namespace, out: Path) -> None:
-    """Check that the coefficients can be saved where they shall be."""
-    path = options.save_coefficients
-    if path is None:
-        return
-    if options.dry_run:
-        raise SettingsError("--dry-run writes nothing; leave --save-coefficients out, or give --json to see them.")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise SettingsError(f"{path}: cannot be a file; give --save-coefficients a path in a folder that exists.")
-    if path.resolve().is_relative_to(out.resolve()):
-        raise SettingsError(f"{path}: lies in {out}, which is written anew; give --save-coefficients another place.")
-    if path.exists() and not options.overwrite:
-        raise SettingsError(f"{path}: exists; give another file, or --overwrite to replace it.")
-
-
 def print_plan(plan: "MergePlan", out: Path, dry_run: bool) -> None:
     """Print what was written to `out`, or would be."""
     from ..common.numbers import format_bytes, format_count
@@ -111,7 +98,11 @@ def print_plan(plan: "MergePlan", out: Path, dry_run: bool) -> None:
     console = stdout_console(table)
     console.print(table)
     if plan.num_tokens is not None:
-        console.print(f"Measured on {sum(plan.num_tokens.values()):,} tokens of {', '.join(plan.num_tokens)}.")
+        console.print(
+            f"Measured on {sum(plan.num_tokens.values()):,} tokens of {', '.join(plan.num_tokens)}.",
+            soft_wrap=True,
+            markup=False,
+        )
     console.print(
         f"{'Would write' if dry_run else 'Wrote'} {out} ({plan.derived.config.architectures[0]}): "
         f"{format_bytes(plan.derived.num_bytes)}, {format_count(plan.derived.total_parameters)} parameters.",

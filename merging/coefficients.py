@@ -15,6 +15,7 @@ from ..common.settings import SettingsError, check_keys
 
 
 COEFFICIENTS_FORMAT = 1
+_KEYS = frozenset({"format", "layers", "shared"})
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 # How far from one the coefficients of a matrix may sum to: what numbers of seven digits do.
 SUM_TOLERANCE = 1e-6
@@ -70,7 +71,7 @@ def load_coefficients(
         SettingsError: if it cannot be read, or is not exactly that.
     """
     raw = _read(path)
-    check_keys(raw, ("format", "layers", "shared"), str(path))
+    check_keys(raw, _KEYS, str(path))
     if raw.get("format") != COEFFICIENTS_FORMAT:
         raise SettingsError(f"{path}: format is {raw.get('format')!r}; this version reads {COEFFICIENTS_FORMAT}.")
     layers = {
@@ -85,6 +86,23 @@ def load_coefficients(
     return MergeCoefficients(
         layers, {layer: _share(value, f"{path}: shared of layer {layer}") for layer, value in shared.items()}
     )
+
+
+def check_coefficients_file(path: Path) -> None:
+    """Check that `path` is a file of coefficients, of whatever model, so that others may take its place.
+
+    Raises:
+        SettingsError: if it is not.
+    """
+    try:
+        is_ours = {"format", "layers"} <= _read(path).keys() <= _KEYS
+    except SettingsError:
+        is_ours = False
+    if not is_ours:
+        raise SettingsError(
+            f"{path}: holds no coefficients, so --overwrite does not replace it; give --save-coefficients another "
+            "file."
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

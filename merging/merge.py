@@ -1,7 +1,6 @@
 """The merge: a Mixture-of-Experts checkpoint goes in, a dense one comes out."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ from ..common.progress import Progress
 from ..common.provenance import with_step, write_provenance
 from ..common.settings import SettingsError
 from ..common.streaming.planned import into_shards
-from ..common.text_files import find_files
 from ..model_cards.card import write_card
 from .coefficients import MergeCoefficients, load_coefficients
 from .config import dense_config
 from .layout import ExpertLayout, expert_layout
+from .saved import check_saved, files_read
 from .settings import MergeSettings
 from .tensors import dense_tensors
 
@@ -45,7 +44,6 @@ class MergePlan:
             "source": self._source(),
             **self._settled(),
             "architecture": derived.config.architectures[0],
-            "total_parameters": derived.total_parameters,
             "num_bytes": derived.num_bytes,
             "shards": [{"file": shard.file_name, "num_bytes": shard.num_bytes} for shard in derived.shards],
         }
@@ -58,7 +56,11 @@ class MergePlan:
         return self.derived.source.record
 
     def _settled(self) -> dict[str, Any]:
-        settled: dict[str, Any] = {"method": self.settings.method, "coefficients": self.coefficients.to_dict()}
+        settled: dict[str, Any] = {
+            "method": self.settings.method,
+            "total_parameters": self.derived.total_parameters,
+            "coefficients": self.coefficients.to_dict(),
+        }
         if self.settings.text is not None:
             settled["text"] = {**asdict(self.settings.text), "data": list(self.settings.text.data)}
             settled["num_tokens"] = self.num_tokens
@@ -71,13 +73,15 @@ def plan_merge(
     out: Path,
     max_shard_bytes: int,
     *,
+    save_coefficients: Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> MergePlan:
     """Return the plan for merging `source` into `out`; only for `usage` are weights read, when all else is checked.
 
     Args:
-        overwrite: whether a checkpoint in `out` may be replaced.
+        save_coefficients: file that `merge` shall write the coefficients to as well.
+        overwrite: whether a checkpoint in `out` may be replaced, and a file of coefficients.
 
     Raises:
         SettingsError: if the experts, settings, coefficients, text or output do not fit.
@@ -93,10 +97,13 @@ def plan_merge(
             source, dense_config(source.config, layout.width), into_shards(tensors, max_shard_bytes)
         )
 
+    if save_coefficients is not None:
+        check_saved(save_coefficients, source, settings, out, overwrite)
     # Whatever the coefficients, the result is of one size.
-    check_derived(derived(average_coefficients(layout)), out, _read_files(settings), overwrite)
-    _warn(source, layout, progress)
+    check_derived(derived(average_coefficients(layout)), out, files_read(settings), overwrite)
     coefficients, num_tokens = _coefficients(source, layout, settings, progress)
+    if _averages(layout, coefficients):
+        _warn(source, layout, progress)
     return MergePlan(settings, coefficients, num_tokens, derived(coefficients))
 
 
@@ -111,7 +118,8 @@ def merge(
     """Write what `plan` says to the folder `out`, all or nothing; the same source and coefficients, the same bytes.
 
     Args:
-        save_coefficients: file to write the coefficients to as well; it replaces one that is there.
+        save_coefficients: file to write the coefficients to as well, as the plan was made for; it replaces one that is
+            there.
 
     Raises:
         SettingsError: if `out` may not be replaced, or weights are not finite; nothing is left then.
@@ -167,6 +175,17 @@ def _check_slices(path: Path, layout: ExpertLayout, coefficients: MergeCoefficie
                     )
 
 
+def _averages(layout: ExpertLayout, coefficients: MergeCoefficients) -> bool:
+    """Return whether more than one copy of an FFN, or of a slice of it, counts anywhere, but for shared experts."""
+    return any(
+        sum(values[expert] > 0 for expert in layout.slice_of(number)) > 1
+        for layer_idx, matrices in coefficients.layers.items()
+        if coefficients.shared is None or coefficients.shared[layer_idx] < 1
+        for values in matrices.values()
+        for number in range(layout.num_slices)
+    )
+
+
 def _warn(source: MoeSource, layout: ExpertLayout, progress: Progress) -> None:
     num_free = source.config.num_routed_experts - source.config.num_experts
     if num_free:
@@ -178,14 +197,3 @@ def _warn(source: MoeSource, layout: ExpertLayout, progress: Progress) -> None:
             f"{source.name}: its experts started at random, so their neurons do not correspond and their average "
             "means little; `shared` or one expert alone (coefficients) keeps what was learned."
         )
-
-
-def _read_files(settings: MergeSettings) -> Iterator[Path]:
-    """Yield the files that a merge reads beside the checkpoint."""
-    if settings.coefficients is not None:
-        yield settings.coefficients
-    for source in settings.text.data if settings.text else ():
-        yield Path(source)
-        # Reading it says what is wrong with a source, in its turn.
-        with suppress(SettingsError):
-            yield from find_files(source, settings.text.split, whole_folders=True)

@@ -1,8 +1,10 @@
 """`upcycled-moe merge`: what it prints, what it writes, and how it ends."""
 
 import json
+import os
 
 import pytest
+from dense_checkpoints import folder_hashes
 from safetensors.torch import load_file
 
 
@@ -93,16 +95,71 @@ def test_matrices_of_their_own_have_rows_of_their_own(upcycled_moe, moe, tmp_pat
         (["--dry-run", "--save-coefficients", "x"], "--dry-run writes nothing; leave --save-coefficients out"),
         (["--save-coefficients", "no/x"], "no/x: cannot be a file; give --save-coefficients a path in a folder that"),
         (["--save-coefficients", "out"], "out: lies in out, which is written anew; give --save-coefficients another"),
+        (
+            ["--save-coefficients", "moe/config.json", "--overwrite"],
+            "moe/config.json: lies in moe, which is read;",
+        ),
+        (
+            ["--save-coefficients", "moe/new.json"],
+            "moe/new.json: lies in moe, which is read;",
+        ),
+        (
+            ["--method", "coefficients", "--coefficients", "a.json", "--save-coefficients", "a.json", "--overwrite"],
+            "a.json: is read by this merge",
+        ),
+        (
+            ["--method", "usage", "--data", "texts", "--save-coefficients", "texts/a.jsonl", "--overwrite"],
+            "texts/a.jsonl: is read by this merge",
+        ),
+        (["--save-coefficients", "mine.json", "--overwrite"], "mine.json: holds no coefficients, so --overwrite does"),
+        (
+            ["--save-coefficients", "texts/a.jsonl", "--overwrite"],
+            "a.jsonl: holds no coefficients, so",
+        ),
         (["--max-shard-size", "5XB"], "max_shard_size='5XB' is not a size"),
         (["--method", "usage", "--data", "no.txt"], "no.txt"),
     ],
 )
 def test_wrong_usage_is_one_line_and_writes_nothing(upcycled_moe, moe, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
-    status, out, err = upcycled_moe("merge", moe, "out", *options)
+    (tmp_path / "moe").symlink_to(moe)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "mine.json").write_text('{"format": 1, "layers": {}, "more": 1}')
+    (tmp_path / "a.json").write_text("{}")
+    before = folder_hashes(tmp_path) | folder_hashes(moe)
+    status, out, err = upcycled_moe("merge", "moe", "out", *options)
     assert (status, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+    assert folder_hashes(tmp_path) | folder_hashes(moe) == before
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(upcycled_moe, moe, tmp_path, monkeypatch):
+    saved = tmp_path / "locked" / "saved.json"
+    saved.parent.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != saved.parent)
+    status, out, err = upcycled_moe("merge", moe, tmp_path / "out", "--save-coefficients", saved)
+    assert (status, out) == (2, "")
+    assert err == f"upcycled-moe: error: {saved}: no permission to write in {saved.parent}; give another place.\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_brackets_in_the_name_of_a_domain_are_no_markup(upcycled_moe, moe, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "the of and to in is that", "domain": "[/math]"}\n')
+    options = ("--method", "usage", "--data", path, "--dry-run")
+    status, out, err = upcycled_moe("merge", moe, tmp_path / "out", *options)
+    assert (status, err) == (0, "")
+    assert _lines(out)[-2].endswith(" tokens of [/math].")
+
+
+def test_out_has_a_name(upcycled_moe, moe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for options in ((), ("--overwrite",)):
+        status, out, err = upcycled_moe("merge", moe, "", *options)
+        assert (status, out) == (2, "")
+        assert "argument OUT: empty, which would be the folder that you are in; give a folder." in err
     assert list(tmp_path.iterdir()) == []
 
 

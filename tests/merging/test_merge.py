@@ -284,15 +284,31 @@ class Warnings(Progress):
         self.messages.append(message)
 
 
-def test_what_has_no_place_in_a_dense_model_is_told(upcycled, tmp_path):
-    for settings, part in (
-        ({"num_zero_experts": 1, "num_copy_experts": 2}, "its 3 experts without computation have no place"),
-        ({"experts": "random", "num_experts": 2}, "its experts started at random"),
-    ):
+WARNED = {
+    "free": ({"num_zero_experts": 1, "num_copy_experts": 2}, "its 3 experts without computation have no place"),
+    "random": ({"experts": "random", "num_experts": 2}, "its experts started at random"),
+}
+
+
+@pytest.mark.parametrize("kind", WARNED)
+def test_what_an_average_leaves_out_or_means_little_for_is_told(upcycled, tmp_path, kind):
+    settings, part = WARNED[kind]
+    _, source = upcycled("qwen2", shared_expert="plain", **settings)
+    one_alone = (1.0,) + (0.0,) * (source.config.num_experts - 1)
+    two = (0.5, 0.5) + (0.0,) * (source.config.num_experts - 2)
+    MergeCoefficients.alike({0: one_alone, 1: one_alone, 2: two}, {0: 0.5, 1: 0.5, 2: 1.0}).save(tmp_path / "one.json")
+    MergeCoefficients.alike({0: one_alone, 1: two, 2: one_alone}, {0: 0.5, 1: 0.5, 2: 1.0}).save(tmp_path / "two.json")
+
+    def warnings(merge_settings):
         progress = Warnings()
-        plan_merge(upcycled("qwen2", **settings)[1], MergeSettings(), tmp_path / "out", 10**9, progress=progress)
-        assert len(progress.messages) == 1
-        assert part in progress.messages[0]
+        plan_merge(source, merge_settings, tmp_path / "out", 10**9, progress=progress)
+        return progress.messages
+
+    for asked in (MergeSettings(), MergeSettings("coefficients", coefficients=tmp_path / "two.json")):
+        (message,) = warnings(asked)
+        assert part in message
+    for asked in (MergeSettings("shared"), MergeSettings("coefficients", coefficients=tmp_path / "one.json")):
+        assert warnings(asked) == []
 
 
 def test_an_interrupted_merge_leaves_nothing_and_a_killed_one_stands_in_no_way(upcycled, tmp_path, monkeypatch):
