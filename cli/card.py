@@ -20,7 +20,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="write the model card of a checkpoint",
         description="Write the model card of CKPT, README.md, from what lies in its folder: configuration, weights, "
         "provenance, the files of a training. Scores and figures on the routing come from reports. A card that was "
-        "written or edited by hand is not replaced without --overwrite.",
+        "written or edited by hand is not replaced without --overwrite. Name, licence, languages and datasets that "
+        "were given once hold in later cards too.",
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="folder of a checkpoint")
     parser.add_argument(
@@ -51,7 +52,12 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="datasets on the Hub that it was made with (default: those of its conversion and training)",
     )
     parser.add_argument("--output", metavar="FILE", help="write the card there (default: README.md in CKPT)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a card that was written or edited by hand")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="begin anew: replace a card that was written or edited by hand, pictures in its way, and what was "
+        "declared with flags before",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the card and write nothing")
     parser.add_argument("--json", action="store_true", help="print JSON: file, metadata and pictures")
     return parser
@@ -60,7 +66,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from ..common.settings import SettingsError
-    from ..model_cards.card import CARD_FILE
+    from ..model_cards.card import CARD_FILE, declared_in
     from ..model_cards.finished import finish_card
 
     folder = Path(options.checkpoint)
@@ -69,10 +75,14 @@ def run(options: argparse.Namespace) -> int:
     for name in ("license_name", "license_link"):
         if getattr(options, name) and not options.license:
             raise SettingsError(f"--{name.replace('_', '-')} has no meaning without --license; give both or none.")
+    _check_names(options)
     path = Path(options.output) if options.output else folder / CARD_FILE
     if not path.parent.is_dir():
         raise SettingsError(f"{path}: there is no folder {path.parent}; make it first.")
-    card = finish_card(folder, _extras(options, folder), path)
+    extras = _extras(options, folder)
+    if not options.overwrite:
+        extras = extras.with_earlier(declared_in(folder / CARD_FILE))
+    card = finish_card(folder, extras, path)
     card.check(overwrite=options.overwrite)
     if not options.dry_run:
         card.write(overwrite=options.overwrite)
@@ -84,6 +94,19 @@ def run(options: argparse.Namespace) -> int:
         pictures = f", {len(card.pictures)} pictures" if card.pictures else ""
         print(f"Wrote {path}{pictures}.")
     return 0
+
+
+def _check_names(options: argparse.Namespace) -> None:
+    """Check what stands in a line of the card, and that no report counts twice."""
+    from ..common.settings import SettingsError
+
+    for name in ("model_name", "license_name", "license_link"):
+        value = getattr(options, name)
+        if value is not None and (not value.strip() or len(value.splitlines()) > 1):
+            raise SettingsError(f"--{name.replace('_', '-')} {value!r}: must be one line of text.")
+    files = [Path(file).resolve() for file in options.evaluation or ()]
+    if len(set(files)) < len(files):
+        raise SettingsError("--evaluation names a file twice, which would double its results; give each once.")
 
 
 def _extras(options: argparse.Namespace, folder: Path) -> "CardExtras":

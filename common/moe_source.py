@@ -17,7 +17,7 @@ from modeling_upcycled_moe import (
 )
 
 from .companions import has_tokenizer
-from .provenance import read_provenance
+from .provenance import read_provenance, recorded_name
 from .streaming.fetch import locate
 from .streaming.stored import SourceError, StoredTensor, check_stored, read_config, read_tensors
 
@@ -56,8 +56,7 @@ class MoeSource:
     @property
     def record(self) -> dict[str, str | None]:
         """Name and revision as provenance keeps them; `.` and `..` would name another folder there."""
-        is_relative = Path(self.name).name in ("", "..")
-        return {"name": self.folder.resolve().name if is_relative else self.name, "revision": self.revision}
+        return {"name": recorded_name(self.name, self.folder), "revision": self.revision}
 
     @property
     def weight_files(self) -> list[Path]:

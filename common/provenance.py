@@ -56,6 +56,11 @@ def _problem(provenance: Any) -> str | None:
     return None
 
 
+def recorded_name(name: str, folder: Path) -> str:
+    """Return how provenance calls the checkpoint `name` in `folder`: `.` and `..` would be another folder there."""
+    return folder.resolve().name if Path(name).name in ("", "..") else name
+
+
 def with_step(provenance: dict[str, Any] | None, command: str, **facts: Any) -> dict[str, Any]:
     """Return `provenance` with one step more: what `command` did to the checkpoint, with which versions.
 

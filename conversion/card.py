@@ -2,18 +2,21 @@
 
 from typing import Any
 
+from ..common.provenance import recorded_name
 from ..model_cards.checkpoint import Checkpoint, Weights, parent_of
-from ..model_cards.metadata import read_terms
+from ..model_cards.names import hub_datasets
+from ..model_cards.terms import read_terms
 from ..model_cards.training import shown_source
 from .description import describe_model, fresh_limits, lasting_limits, num_active
 from .papers import papers
 from .plan import ConversionPlan
+from .source import DenseSource
 
 
 def describe_result(plan: ConversionPlan) -> dict[str, Any]:
     """Return what a conversion by `plan` records of its result in words, and of the terms of its parents."""
     recipe = plan.recipe
-    names = [parent_of({"name": source.name, "revision": source.revision}).name for source in plan.sources]
+    names = [parent_of(_record(source)).name for source in plan.sources]
     return {
         "lines": describe_model(plan, names),
         "router": f"{recipe.router}: {plan.router.describe()}",
@@ -25,6 +28,7 @@ def describe_result(plan: ConversionPlan) -> dict[str, Any]:
         "fresh_limits": fresh_limits(plan),
         "limits": lasting_limits(plan),
         "calibration_data": [shown_source(name) for name in recipe.calibration_data],
+        "calibration_datasets": hub_datasets(recipe.calibration_data),
         "num_calibrated_tokens": recipe.num_calibrated_tokens,
         "terms": [read_terms(source.folder) for source in plan.sources],
     }
@@ -32,7 +36,7 @@ def describe_result(plan: ConversionPlan) -> dict[str, Any]:
 
 def planned_checkpoint(plan: ConversionPlan) -> Checkpoint:
     """Return what a card can say of the result of `plan` before it is written: all but what is measured."""
-    source, *others = ({"name": source.name, "revision": source.revision} for source in plan.sources)
+    source, *others = map(_record, plan.sources)
     return Checkpoint(
         name=source["name"],
         config=plan.config.to_dict(),
@@ -50,3 +54,7 @@ def planned_checkpoint(plan: ConversionPlan) -> Checkpoint:
         ),
         has_tokenizer=plan.source.has_tokenizer,
     )
+
+
+def _record(source: DenseSource) -> dict[str, str | None]:
+    return {"name": recorded_name(source.name, source.folder), "revision": source.revision}

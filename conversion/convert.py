@@ -12,7 +12,7 @@ from typing import Any
 from ..common.companions import copy_companions, declare_tokenizer_class, tokenizer_class_to_declare
 from ..common.output_folder import staged
 from ..common.progress import Progress
-from ..common.provenance import installed_versions, write_provenance
+from ..common.provenance import installed_versions, recorded_name, write_provenance
 from ..common.streaming.writer import BUFFER_BYTES, write_weights
 from ..model_cards.card import write_card
 from .card import describe_result
@@ -130,7 +130,7 @@ def _provenance(
     """Return where the checkpoint comes from. No time and no machine: the same conversion gives the same bytes."""
     source, *others = (
         {
-            "name": source.name,
+            "name": recorded_name(source.name, source.folder),
             "revision": source.revision,
             "model_type": source.config.model_type,
             "sha256": source_hashes,

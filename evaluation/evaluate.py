@@ -21,6 +21,7 @@ from ..common.settings import SettingsError
 from ..common.text import open_text
 from ..common.text_settings import MAX_BLOCK_SIZE
 from ..common.tokenizers import tokens_digest
+from ..model_cards.names import hub_datasets
 from .differences import average_differences, item_difference, text_difference
 from .notes import report_notes
 from .results import CheckpointResult, Differences, EvaluationReport, TaskInfo
@@ -237,6 +238,8 @@ def _settings_as_json(settings: EvaluationSettings, block_size: int | None) -> d
     return asdict(settings) | {
         "tasks": list(settings.tasks),
         "perplexity_data": list(settings.perplexity_data),
+        # Later nobody can tell them from local text.
+        "perplexity_datasets": hub_datasets(settings.perplexity_data),
         "offline_data": offline,
         "block_size": block_size,
     }

@@ -94,4 +94,4 @@ def export(plan: ExportPlan, out: Path, *, overwrite: bool = False, progress: Pr
         if not target.declares_tokenizer:
             write_tokenizer_pipeline(plan.source, folder, progress)
         write_provenance(folder, plan.provenance())
-        write_card(folder)
+        write_card(folder, plan.source.folder)

@@ -130,7 +130,7 @@ def merge(
             plan.coefficients.save(stack.enter_context(replacing(save_coefficients)))
         folder = stack.enter_context(written(plan.derived, out, overwrite, progress or Progress()))
         write_provenance(folder, plan.provenance())
-        write_card(folder)
+        write_card(folder, plan.derived.source.folder)
 
 
 def average_coefficients(layout: ExpertLayout) -> MergeCoefficients:

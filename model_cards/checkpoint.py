@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..common.companions import has_tokenizer
-from ..common.provenance import read_provenance
+from ..common.provenance import PROVENANCE_FILE, read_provenance
 from ..common.settings import SettingsError
 from ..common.streaming.stored import SourceError, read_config, read_tensors
+from .provenance_form import check_provenance
 from .training import SETTINGS_FILE, STATE_FILE, training_facts
 
 
@@ -36,7 +37,7 @@ class Parent:
 
     Args:
         name: id on the Hub, or name of a folder.
-        terms: licence and language that its own card declares.
+        terms: licence, language and base model that its own card declares.
     """
 
     name: str
@@ -129,7 +130,8 @@ class Checkpoint:
 def parent_of(source: Mapping[str, Any], terms: Mapping[str, Any] | None = None) -> Parent:
     """Return the parent that provenance calls `source`, with `terms`; one from the Hub has a commit."""
     is_hub_id = source.get("revision") is not None
-    name = source["name"] if is_hub_id else Path(source["name"]).resolve().name
+    # Not resolved: where a relative name led once, another folder may be now.
+    name = source["name"] if is_hub_id else Path(source["name"]).name or source["name"]
     return Parent(name, is_hub_id, terms or {})
 
 
@@ -137,10 +139,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Return what lies in `folder`; no weight is read.
 
     Raises:
-        SettingsError: if it is no checkpoint.
+        SettingsError: if it is no checkpoint, or its provenance is not as this package writes it.
     """
     config = read_config(str(folder), folder)
     provenance = read_provenance(folder) or {}
+    check_provenance(provenance, folder / PROVENANCE_FILE)
     steps = _steps(provenance)
     if not any(step["command"] == "train" for step in steps) and (facts := _training_in(folder)) is not None:
         provenance = {**provenance, "steps": [*steps, {"command": "train", **facts}]}
@@ -162,6 +165,9 @@ def _training_in(folder: Path) -> dict[str, Any] | None:
     """Return the facts of a training whose files lie in `folder`, for runs that wrote no provenance."""
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        # Its weights may be those of its best step, or of its last one.
+        if state.get("best_global_step") not in (None, state["global_step"]):
+            return None
         settings_file = folder / SETTINGS_FILE
         return training_facts(state, settings_file if settings_file.is_file() else None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SettingsError):

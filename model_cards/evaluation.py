@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult
 
 from ..common.settings import SettingsError
 from .choosing import own_entry
-from .names import is_hub_dataset
+from .forms import NUMBER, NUMBER_OR_NONE, check_form
 
 
 EVALUATION_FILE = "results.json"
@@ -27,6 +27,18 @@ TASK_DATASETS: dict[str, tuple[str, str | None]] = {
     "nq_open": ("google-research-datasets/nq_open", None),
     "triviaqa": ("mandarjoshi/trivia_qa", "rc.nocontext"),
 }
+
+_SCORE = {"value": NUMBER, "stderr": NUMBER_OR_NONE}
+_ENTRY = {
+    "name": str,
+    "path?": str,
+    "tasks": {...: {...: _SCORE}},
+    "averages": {...: {"score": _SCORE}},
+    "domains": {...: {"perplexity?": NUMBER, "bits_per_byte?": NUMBER, "num_tokens": int}},
+}
+_TASK = {"name": str, "metric": str, "num_items": int, "num_available": int, "chance?": NUMBER, "offline": bool}
+_SETTINGS = {"perplexity_data?": [str], "perplexity_datasets?": [str], "split?": str}
+_FORM = {"checkpoints": [_ENTRY], "tasks": [_TASK], "settings": _SETTINGS, "notes?": [str]}
 
 
 @dataclass(frozen=True)
@@ -59,9 +71,10 @@ def read_evaluation(path: Path, folder: Path) -> Evaluation:
     """
     writer = "`upcycled-moe evaluate`"
     content = read_report(path, ("checkpoints", "tasks", "settings"), ("tasks", "averages", "domains"), writer)
+    check_form(content, _FORM, path)
     own = own_entry(content["checkpoints"], folder, path)
     others = [entry for entry in content["checkpoints"] if entry is not own]
-    return Evaluation(own, others, content["tasks"], content.get("notes", []), content["settings"])
+    return Evaluation(own, others, content["tasks"], content.get("notes") or [], content["settings"])
 
 
 def read_report(path: Path, keys: Sequence[str], entry_keys: Sequence[str], writer: str) -> dict[str, Any]:
@@ -80,6 +93,7 @@ def read_report(path: Path, keys: Sequence[str], entry_keys: Sequence[str], writ
     except ValueError as error:
         raise SettingsError(f"{path}: not a JSON file ({error}).") from error
     _check_keys(path, content, keys, writer)
+    check_form(content, {"checkpoints": [dict]}, path)
     for entry in content["checkpoints"]:
         _check_keys(path, entry, entry_keys, writer)
     return content
@@ -136,7 +150,8 @@ def dataset_name(task: Mapping[str, Any]) -> str:
 
 def _perplexity_results(evaluation: Evaluation) -> list[EvalResult]:
     sources = evaluation.settings.get("perplexity_data") or []
-    hub_ids = [name.partition(":")[0] for name in sources if is_hub_dataset(name)]
+    # What was not recorded as one of the Hub may be a folder of this machine.
+    hub_ids = evaluation.settings.get("perplexity_datasets") or []
     return [
         EvalResult(
             task_type="text-generation",

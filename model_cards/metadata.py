@@ -1,19 +1,14 @@
 """The metadata of a card: what the Hub finds a model by, and takes its results from."""
 
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-from yaml import YAMLError
+from huggingface_hub import ModelCardData
 
 from .checkpoint import Checkpoint, parent_of
 from .evaluation import evaluation_results
 from .extras import CardExtras
-from .names import is_hub_dataset
 from .papers import papers_of
-
-
-TERMS = ("license", "license_name", "license_link", "language")
+from .terms import base_models, first_parents, terms_for_metadata
 
 
 def model_card_data(checkpoint: Checkpoint, extras: CardExtras) -> ModelCardData:
@@ -21,7 +16,7 @@ def model_card_data(checkpoint: Checkpoint, extras: CardExtras) -> ModelCardData
     results = evaluation_results(extras.evaluations)
     return ModelCardData(
         **_lineage(checkpoint),
-        **_terms(checkpoint, extras),
+        **terms_for_metadata(checkpoint, extras),
         library_name="transformers",
         pipeline_tag="text-generation" if checkpoint.is_causal_lm else "text-classification",
         datasets=list(extras.datasets) or _datasets(checkpoint) or None,
@@ -40,22 +35,11 @@ def title(checkpoint: Checkpoint) -> str:
     return f"{parent}-{checkpoint.num_experts}x-MoE"
 
 
-def read_terms(folder: Path) -> dict[str, Any]:
-    """Return what the card in `folder` declares of licence and language; nothing if there is none to be read."""
-    card = folder / "README.md"
-    try:
-        data = ModelCard.load(card, ignore_metadata_errors=True).data if card.is_file() else ModelCardData()
-    except (ValueError, YAMLError):
-        return {}
-    return {name: data.get(name) for name in TERMS if data.get(name) is not None}
-
-
 def _lineage(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the models on the Hub that this one has something of: the nearest before it, or its dense parents."""
-    nearest = [parent_of(step["source"]) for step in reversed(checkpoint.steps) if step.get("source")]
-    dense = [] if checkpoint.is_from_scratch else checkpoint.parents
-    names = [parent.name for parent in nearest if parent.is_hub_id][:1]
-    names = names or [parent.name for parent in dense if parent.is_hub_id]
+    nearest = [parent_of(step["source"], step.get("terms")) for step in checkpoint.steps[::-1] if step.get("source")]
+    dense = [] if checkpoint.is_from_scratch else first_parents(checkpoint)
+    names = [parent.name for parent in nearest if parent.is_hub_id][:1] or base_models(dense)
     if not names:
         return {}
     # Of the relations that the Hub knows, none is that of a model that was only converted.
@@ -64,32 +48,12 @@ def _lineage(checkpoint: Checkpoint) -> dict[str, Any]:
     return lineage | ({"base_model_relation": relation} if relation else {})
 
 
-def _terms(checkpoint: Checkpoint, extras: CardExtras) -> dict[str, Any]:
-    given = {name: getattr(extras, name) for name in TERMS if getattr(extras, name)}
-    if "language" in given:
-        given["language"] = list(given["language"])
-    inherited = {} if checkpoint.is_from_scratch else inherited_terms(checkpoint)
-    if "license" in given:
-        # Name and link belong to the licence that they were declared with.
-        inherited = {name: value for name, value in inherited.items() if not name.startswith("license")}
-    return inherited | given
-
-
-def inherited_terms(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what the parents' cards agree on: a licence that only some of them have is not the result's."""
-    if not checkpoint.parents:
-        return {}
-    first, *others = (parent.terms for parent in checkpoint.parents)
-    return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
-
-
 def _datasets(checkpoint: Checkpoint) -> list[str]:
-    """Return the datasets on the Hub that the model was made with."""
-    names = [*checkpoint.description.get("calibration_data", ())]
+    """Return the datasets on the Hub that the model was made with, as far as they were recorded as such."""
+    names = [*checkpoint.description.get("calibration_datasets", ())]
     for step in checkpoint.steps:
-        names += (step.get("data") or ()) if step["command"] == "train" else ()
-    # Both record local texts by their last name alone.
-    return list(dict.fromkeys(name.partition(":")[0] for name in names if is_hub_dataset(name)))
+        names += (step.get("datasets") or ()) if step["command"] == "train" else ()
+    return list(dict.fromkeys(names))
 
 
 def _tags(checkpoint: Checkpoint) -> list[str]:

@@ -8,12 +8,14 @@ from huggingface_hub import ModelCardData
 
 from ..common.numbers import format_bytes, format_count, perplexity
 from .analysis import FIGURES_FOLDER, Analysis
-from .checkpoint import Checkpoint, parent_of
+from .checkpoint import Checkpoint
 from .evaluation import Evaluation
 from .extras import CardExtras
 from .metadata import title
 from .papers import citation, paper_url, papers_of
-from .steps import described_steps, joined, listed, num_active_experts
+from .state import state
+from .steps import described_steps, evaluated_at, joined, listed, num_active_experts
+from .terms import first_parents, licence, unknown_languages
 
 
 def sections(checkpoint: Checkpoint, extras: CardExtras, data: ModelCardData) -> dict[str, Any]:
@@ -21,7 +23,7 @@ def sections(checkpoint: Checkpoint, extras: CardExtras, data: ModelCardData) ->
     return {
         "title": extras.title or title(checkpoint),
         "introduction": _introduction(checkpoint),
-        "state": _state(checkpoint),
+        "state": state(checkpoint),
         "packaged_recipe": extras.packaged_recipe,
         "properties": _properties(checkpoint),
         **_use(checkpoint),
@@ -30,8 +32,8 @@ def sections(checkpoint: Checkpoint, extras: CardExtras, data: ModelCardData) ->
         "training": _training(checkpoint),
         "evaluations": [_evaluation(evaluation) for evaluation in extras.evaluations],
         "analysis": _analysis(extras.analysis),
-        "limits": _limits(checkpoint),
-        "licence": _licence(checkpoint, extras, data),
+        "limits": _limits(checkpoint, data),
+        "licence": licence(checkpoint, extras, data),
         "citations": [citation(number) for number in papers_of(checkpoint)],
     }
 
@@ -42,7 +44,8 @@ def _introduction(checkpoint: Checkpoint) -> str:
     parents, description = checkpoint.parents, checkpoint.description
     dense_models = "dense model" + "s" * (len(parents) > 1)
     if not parents:
-        return lines[0].rstrip(",") + "."
+        trained = f", trained from {joined(first_parents(checkpoint))}" if first_parents(checkpoint) else ""
+        return f"{lines[0].rstrip(',')}{trained}."
     if checkpoint.is_from_scratch:
         lines.append(f"drawn at random in the shape of the dense model {joined(parents)}.")
     else:
@@ -69,21 +72,6 @@ def _kind(checkpoint: Checkpoint) -> str:
         f"A Mixture-of-Experts model with {checkpoint.num_experts} experts a layer{free}, "
         f"{num_active_experts(checkpoint)} of them active for each token,"
     )
-
-
-def _state(checkpoint: Checkpoint) -> str | None:
-    """Return what a fresh model computes; None for one that has gone on from there."""
-    description = checkpoint.description
-    if not description or checkpoint.steps:
-        return None
-    level, reason = description["preserves_function"], description["preservation_reason"]
-    parents = "its parent computes" if len(checkpoint.parents) == 1 else "any of its parents computes"
-    if checkpoint.is_from_scratch:
-        return f"**Freshly made:** {reason}. It has to be trained from the start."
-    if level == "exact":
-        return "**Freshly converted:** it computes what its parent computes. Its worth comes with training."
-    how_well = "computes nearly what" if level == "approximate" else "does not compute what"
-    return f"**Freshly converted,** it {how_well} {parents}: {reason}. It has to be trained."
 
 
 def _properties(checkpoint: Checkpoint) -> dict[str, str]:
@@ -173,6 +161,7 @@ def _training(checkpoint: Checkpoint) -> dict[str, Any] | None:
             for name, value in (step.get("settings") or {}).items()
         },
         "evaluation": rows,
+        "evaluated": evaluated_at(step),
         "routers": routers,
     }
 
@@ -237,7 +226,7 @@ def _shown_layer(layer: Mapping[str, Any]) -> dict[str, str]:
     return {name: number(value, patterns.get(name, ".3f")) for name, value in layer.items()}
 
 
-def _limits(checkpoint: Checkpoint) -> list[str]:
+def _limits(checkpoint: Checkpoint, data: ModelCardData) -> list[str]:
     """Return what a reader should know before using the model, in sentences."""
     description, limits = checkpoint.description, []
     has_several_parents = len(checkpoint.parents) > 1
@@ -250,12 +239,14 @@ def _limits(checkpoint: Checkpoint) -> list[str]:
     if checkpoint.is_as_converted:
         limits += description["limits"]
     if checkpoint.num_experts is None and checkpoint.parents:
-        limits.append("A merged FFN is an approximation of the experts, unless these were equal.")
+        limits.append(_limit_of_merge(checkpoint))
     if any(step["command"] == "prune" for step in checkpoint.steps):
         limits.append("Which experts went was decided on a sample of text; other text may have needed them.")
     for step in checkpoint.steps:
         if step["command"] == "export":
             limits += [f"On the export: {note}" for note in step.get("notes") or []]
+    if sentence := unknown_languages(checkpoint, data):
+        limits.append(sentence)
     if checkpoint.recipe:
         models = "dense models" if has_several_parents else "dense model"
         limits.append(
@@ -265,24 +256,8 @@ def _limits(checkpoint: Checkpoint) -> list[str]:
     return limits
 
 
-def _licence(checkpoint: Checkpoint, extras: CardExtras, data: ModelCardData) -> str | None:
-    """Return whose terms the model is under; None for one that has nothing of another."""
-    name = data.get("license_name") if data.license == "other" else data.license
-    if extras.license:
-        return f"`{name or data.license}`."
-    parents = checkpoint.parents
-    if not parents and checkpoint.steps and checkpoint.steps[0].get("source"):
-        # A dense model that was trained.
-        parents = [parent_of(checkpoint.steps[0]["source"])]
-    if not parents or checkpoint.is_from_scratch:
-        return None
-    linked = joined(parents)
-    if data.license:
-        link = data.get("license_link")
-        shown = f"[`{name or data.license}`]({link})" if link else f"`{name or data.license}`"
-        return f"{shown}, as {linked}."
-    if len(parents) > 1:
-        return f"The terms of each of {linked} apply; their cards name no licence that they share."
-    if not checkpoint.parents:
-        return f"The terms of {linked} apply."
-    return f"The terms of {linked} apply; which these are, its card did not say."
+def _limit_of_merge(checkpoint: Checkpoint) -> str:
+    methods = [step.get("method") for step in checkpoint.steps if step["command"] == "merge"]
+    if methods[-1:] == ["shared"]:
+        return "Only the shared expert of each layer was kept; what the routed experts had learned was left out."
+    return "A merged FFN is an approximation of the experts, unless these were equal."

@@ -44,13 +44,23 @@ def _conversion(checkpoint: Checkpoint) -> str:
 
 def _train(step: Mapping[str, Any]) -> str:
     text = f"for {plural(step['steps'], 'step')}"
+    if step.get("best_of_steps"):
+        text += f" (the best of {plural(step['best_of_steps'], 'step')})"
     if step.get("tokens"):
         text += f", {step['tokens']:,} tokens"
     if step.get("data"):
         text += f", on {listed(step['data'])}"
     if (loss := step.get("evaluation", {}).get("all")) is not None:
-        text += f"; validation loss {loss:.4f} at the end"
+        text += f"; validation loss {loss:.4f}{evaluated_at(step)}"
     return f"{text}."
+
+
+def evaluated_at(step: Mapping[str, Any]) -> str:
+    """Return when the evaluation of a training was, as a sentence goes on; nothing where that was not recorded."""
+    at = step.get("evaluation_step")
+    if at is None:
+        return ""
+    return " at the end" if at == step["steps"] else f" at step {at:,}"
 
 
 def _export(step: Mapping[str, Any]) -> str:
@@ -71,14 +81,24 @@ def _prune(step: Mapping[str, Any]) -> str:
 
 
 def _merge(step: Mapping[str, Any]) -> str:
-    return f"back to a dense model, by `{step['method']}`: one FFN of all experts of a layer."
+    method = step["method"]
+    how = _MERGES.get(method)
+    return f"back to a dense model, by `{method}`{f': {how}' * (how is not None)}."
+
+
+_MERGES = {
+    "average": "each FFN is the mean of the experts of its layer",
+    "usage": "each FFN is a mean of the experts of its layer, weighted by what the routers give them on text",
+    "coefficients": "each FFN is a sum of the experts of its layer, with coefficients that were given",
+    "shared": "each FFN is the shared expert of its layer",
+}
 
 
 def _described(step: Mapping[str, Any]) -> str:
     try:
         return _STEPS.get(step["command"], _other)(step)
     # Other versions record other facts.
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         return _other(step)
 
 

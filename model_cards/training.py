@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.settings import load_yaml
-from .names import is_hub_dataset
+from .names import hub_datasets, is_hub_dataset
 
 
 STATE_FILE = "trainer_state.json"
@@ -19,6 +19,9 @@ def training_facts(
     settings_file: Path | None,
     source: Mapping[str, Any] | None = None,
     tokens_per_step: int | None = None,
+    *,
+    is_running: bool = False,
+    best_step: int | None = None,
 ) -> dict[str, Any]:
     """Return what later readers of a checkpoint want to know of its training, for the provenance.
 
@@ -27,29 +30,41 @@ def training_facts(
         settings_file: those of the run; None where there are none.
         source: name and revision of the checkpoint that it began with; None where that is not known for sure.
         tokens_per_step: None where the run did not tell.
+        is_running: whether the run is on, so that local text can be told from datasets on the Hub; else none is taken
+            for one of these.
+        best_step: the step that the weights are of, where the best ones were loaded at the end.
     """
     settings = {} if settings_file is None else load_yaml(settings_file)
-    step, history = state["global_step"], state["log_history"]
+    step = best_step or state["global_step"]
+    history = [log for log in state["log_history"] if log.get("step", 0) <= step]
+    data = settings.get("train_data") or []
+    evaluation, evaluation_step = _last_evaluation(history)
     return {
         "source": None if source is None else dict(source),
         "steps": step,
+        **({} if best_step is None else {"best_of_steps": state["global_step"]}),
         "tokens": None if tokens_per_step is None else step * tokens_per_step,
-        "data": [shown_source(name) for name in settings.get("train_data") or []],
+        "data": [shown_source(name) if is_running else last_name(name) for name in data],
+        "datasets": hub_datasets(data) if is_running else [],
         "settings": {
             name: settings[name]
             for name in ("block_size", "learning_rate", "lr_scheduler_type", "router_aux_loss_coef")
             if settings.get(name) is not None
         },
         "loss": _last(history, "lm_loss") or _last(history, "loss"),
-        "evaluation": _last_evaluation(history),
+        "evaluation": evaluation,
+        "evaluation_step": evaluation_step,
         "routers": _last_routers(history),
     }
 
 
 def shown_source(name: str) -> str:
-    """Return how a card calls a source of text: a dataset of the Hub by its id, a local one by its last name."""
-    if is_hub_dataset(name):
-        return name
+    """Return how a card calls a source of text that is read now: a dataset of the Hub by its id, else `last_name`."""
+    return name if is_hub_dataset(name) else last_name(name)
+
+
+def last_name(name: str) -> str:
+    """Return how a card calls a local source of text: by its last name, without the folders of a machine."""
     return Path(name).name or Path(name).resolve().name
 
 
@@ -57,14 +72,14 @@ def _last(history: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return next((log[name] for log in reversed(history) if log.get(name) is not None), None)
 
 
-def _last_evaluation(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the last validation loss by domain; the one over all is called `all`."""
+def _last_evaluation(history: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], int | None]:
+    """Return the last validation loss by domain, the one over all as `all`, and the step that it is of."""
     losses: dict[str, float] = {}
     last_step = max((log["step"] for log in history if any(map(_evaluated_domain, log))), default=None)
     for log in history:
         if log.get("step") == last_step:
             losses |= {domain: log[name] for name in log if (domain := _evaluated_domain(name)) is not None}
-    return losses
+    return losses, last_step
 
 
 def _evaluated_domain(name: str) -> str | None:

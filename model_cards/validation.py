@@ -1,7 +1,6 @@
 """What the Hub would say against a card, found without asking it."""
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,12 @@ from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 from .hub_terms import BASE_MODEL_RELATIONS, LICENSES, PIPELINE_TAGS
+from .names import is_language
 from .pictures import local_pictures
 
 
 # Larger ones the Hub stores apart and does not show.
 MAX_CARD_BYTES = 10_000_000
-# ISO 639-1 or 639-3, which a script or region may follow, and what the Hub has beside them.
-_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|multilingual|code")
 
 
 def card_problems(text: str, folder: Path | None = None) -> list[str]:
@@ -71,8 +69,7 @@ def _one_of(allowed: frozenset[str]) -> Callable[[str, Mapping[str, Any]], Itera
 
 def _languages(field: str, data: Mapping[str, Any]) -> Iterator[str]:
     for code in _as_list(data.get(field)):
-        # YAML takes an unquoted `no` for false.
-        if not isinstance(code, str) or not _LANGUAGE.fullmatch(code):
+        if not is_language(code):
             yield f"{field}: {code!r} is not the code of a language (ISO 639-1 or 639-3, such as 'en')."
 
 

@@ -104,7 +104,7 @@ def prune(
             result.after = _loss_of(folder, str(out), config, settings, text, progress)
         step = with_step(source.provenance, "prune", source=source.record, **result.facts())
         write_provenance(folder, step)
-        write_card(folder)
+        write_card(folder, source.folder)
     return result
 
 

@@ -22,6 +22,7 @@ from transformers.utils import strtobool
 import modeling_upcycled_moe  # noqa: F401 (registers the classes, so that no remote code is run)
 
 from ..common.settings import SettingsError
+from ..model_cards.card import CARD_FILE
 from .arguments import ModelArguments
 
 
@@ -196,14 +197,14 @@ def risks_of(config: Any) -> list[str]:
     return []
 
 
-def carry_files(model_args: ModelArguments, output_dir: str) -> None:
-    """Copy origin and licence of the checkpoint to start from into `output_dir`."""
+def carry_files(model_args: ModelArguments, output_dir: str) -> Path:
+    """Copy origin and licence of the checkpoint to start from into `output_dir`; return its folder, with its card."""
     source = Path(model_args.model_name_or_path)
     if not source.is_dir():
-        source = Path(
-            snapshot_download(str(source), revision=model_args.model_revision, allow_patterns=list(CARRIED_FILES))
-        )
+        wanted = [*CARRIED_FILES, CARD_FILE]
+        source = Path(snapshot_download(str(source), revision=model_args.model_revision, allow_patterns=wanted))
     for pattern in CARRIED_FILES:
         for file in source.glob(pattern):
             if file.is_file() and file.parent.resolve() != Path(output_dir).resolve():
                 shutil.copyfile(file, Path(output_dir, file.name))
+    return source

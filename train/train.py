@@ -121,8 +121,8 @@ def train(arguments: Arguments) -> None:
     if training_args.should_save:
         _announce(arguments, checkpoint)
         write_config(arguments, trainer)
-        carry_files(model_args, training_args.output_dir)
-        trainer.add_callback(card_callback(arguments))
+        start = carry_files(model_args, training_args.output_dir)
+        trainer.add_callback(card_callback(arguments, start))
         for risk in risks_of(trainer.model.config):
             print(f"train.py: warning: {risk}", file=sys.stderr)
 

@@ -31,6 +31,16 @@ def test_a_card_is_written_with_what_is_given(upcycled_moe, moe):
     assert card.text.startswith("\n# Ours\n")
 
 
+def test_what_is_given_holds_until_a_card_begins_anew(upcycled_moe, moe):
+    assert upcycled_moe("card", moe, "--license", "mit", "--datasets", "org/set")[0] == 0
+    assert upcycled_moe("card", moe, "--language", "en")[0] == 0
+    data = ModelCard.load(moe / "README.md").data
+    assert (data.license, data.datasets, data.language) == ("mit", ["org/set"], ["en"])
+    assert upcycled_moe("card", moe, "--overwrite")[0] == 0
+    data = ModelCard.load(moe / "README.md").data
+    assert (data.license, data.datasets, data.language) == (None, None, None)
+
+
 def test_a_dry_run_prints_the_card_and_writes_nothing(upcycled_moe, moe):
     before = (moe / "README.md").read_bytes()
     status, out, err = upcycled_moe("card", moe, "--model-name", "Ours", "--dry-run")
@@ -91,6 +101,10 @@ def test_reports_in_the_folder_are_taken(upcycled_moe, moe):
             "has no checkpoints, domains; give a file that `upcycled-moe analyze`",
         ),
         (["moe", "--output", "no/card.md"], "no/card.md: there is no folder no; make it first."),
+        (["moe", "--output", "moe"], "moe: is a folder; give a file with --output, such as moe/README.md."),
+        (["moe", "--model-name", ""], "--model-name '': must be one line of text."),
+        (["moe", "--model-name", "a\nb"], "--model-name 'a\\nb': must be one line of text."),
+        (["moe", "--evaluation", "a.json", "--evaluation", "./a.json"], "--evaluation names a file twice"),
     ],
 )
 def test_mistakes_are_one_line(upcycled_moe, moe, monkeypatch, options, problem):

@@ -312,7 +312,7 @@ def test_what_an_average_leaves_out_or_means_little_for_is_told(upcycled, tmp_pa
 
 
 def test_an_interrupted_merge_leaves_nothing_and_a_killed_one_stands_in_no_way(upcycled, tmp_path, monkeypatch):
-    def interrupt(folder):
+    def interrupt(*folders):
         raise KeyboardInterrupt
 
     _, source = upcycled("qwen2")

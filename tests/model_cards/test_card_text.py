@@ -7,12 +7,18 @@ import pytest
 from huggingface_hub import ModelCard
 
 from upcycled_moe.common.provenance import read_provenance, write_provenance
+from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.conversion.card import planned_checkpoint
 from upcycled_moe.conversion.papers import PAPERS
-from upcycled_moe.model_cards.card import is_replaceable, render_card, update_card, write_card
+from upcycled_moe.conversion.plan import build_plan
+from upcycled_moe.conversion.recipe import ConversionRecipe
+from upcycled_moe.conversion.source import open_source
+from upcycled_moe.merging.settings import METHODS
+from upcycled_moe.model_cards.card import declared_in, is_replaceable, render_card, update_card, write_card
 from upcycled_moe.model_cards.checkpoint import read_checkpoint
 from upcycled_moe.model_cards.extras import CardExtras
 from upcycled_moe.model_cards.papers import STEP_PAPERS, TITLES
+from upcycled_moe.model_cards.validation import card_problems
 
 
 HUB_PARENT = {"name": "Qwen/Qwen2.5-0.5B", "revision": "0123abc"}
@@ -22,9 +28,11 @@ TRAIN = {
     "steps": 1000,
     "tokens": 4096000,
     "data": ["HuggingFaceFW/fineweb:sample-10BT", "wiki.parquet"],
+    "datasets": ["HuggingFaceFW/fineweb"],
     "settings": {"learning_rate": 3e-4, "block_size": 4096},
     "loss": 2.51234,
     "evaluation": {"math": 2.0, "wiki": 2.5, "all": 2.25},
+    "evaluation_step": 1000,
     "routers": [
         {"layer": 0, "entropy": 1.23456, "max_violation": 0.5, "dead_experts": 0},
         {"layer": 2, "entropy": None, "max_violation": None, "dead_experts": None},
@@ -109,7 +117,8 @@ def test_no_card_has_gaps(after_steps, kind):
         "merged": [
             "A dense language model, made by merging the experts of a Mixture-of-Experts model that was\n"
             "upcycled from the dense model",
-            "3. **merge** back to a dense model, by `usage`: one FFN of all experts of a layer.",
+            "3. **merge** back to a dense model, by `usage`: each FFN is a mean of the experts of its layer, weighted "
+            "by what the routers give them on text.",
             "A merged FFN is an approximation of the experts, unless these were equal.",
         ],
         "another version": ["2. **prune** method reap, num_experts 3."],
@@ -218,6 +227,143 @@ def test_a_licence_that_is_given_leaves_nothing_of_the_parents(after_steps):
     assert "## Licence\n\n`mit`.\n" in given.text
 
 
+def with_terms(checkpoint, *terms, **provenance):
+    """`checkpoint` as if the cards of its dense models had declared `terms`."""
+    description = {**checkpoint.description, "terms": list(terms)}
+    return dataclasses.replace(
+        checkpoint, provenance={**checkpoint.provenance, "description": description, **provenance}
+    )
+
+
+def test_a_licence_its_name_and_its_link_are_one(after_steps):
+    one = {"license": "other", "license_name": "research", "license_link": "https://example.org/a"}
+    for other in (one | {"license_name": "community"}, one | {"license_link": "https://example.org/b"}, {}):
+        both = with_terms(after_steps(), one, other, expert_sources=[{"name": "org/other", "revision": "4567"}])
+        data = card_of(both).data
+        assert not {"license", "license_name", "license_link"} & data.to_dict().keys()
+
+
+@pytest.mark.parametrize("licence", ["Apache 2.0", "other", ["mit", "Apache 2.0"], 3])
+def test_terms_that_the_hub_does_not_know_are_told_in_the_text(after_steps, licence):
+    text = render_card(with_terms(after_steps(), {"license": licence, "language": "English"}))
+    card = ModelCard(text)
+    assert (card.data.license, card.data.language) == (None, None)
+    assert card_problems(text) == []
+    shown = ", ".join(f"`{name}`" for name in (licence if isinstance(licence, list) else [licence]))
+    assert f"its card calls the licence {shown}, which the Hub does not know so." in card.text
+    assert "was for `English`, as its card has it" in card.text
+
+
+def test_a_list_of_licences_reads_as_one(after_steps):
+    card = card_of(with_terms(after_steps(), {"license": ["mit", "apache-2.0"]}))
+    assert card.data.license == ["mit", "apache-2.0"]
+    assert "## Licence\n\n`mit`, `apache-2.0`, as `" in card.text
+
+
+def test_the_base_model_of_a_local_parent_is_the_nearest_on_the_hub(after_steps):
+    assert card_of(with_terms(after_steps(), {"base_model": ["org/base"]})).data.base_model == "org/base"
+    assert card_of(with_terms(after_steps(), {"base_model": ["./base", 3]})).data.base_model is None
+
+
+def test_a_recorded_name_is_not_resolved_again(after_steps, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "model").symlink_to("elsewhere")
+    monkeypatch.chdir(tmp_path)
+    assert "dense model `model`\n" in render_card(after_steps(source={"name": "./model/", "revision": None}))
+
+
+def test_a_conversion_of_the_folder_that_one_is_in_records_its_name(dense, monkeypatch):
+    folder = dense()
+    monkeypatch.chdir(folder)
+    plan = build_plan(open_source("."), ConversionRecipe(router="linear", num_experts=4))
+    checkpoint = planned_checkpoint(plan)
+    monkeypatch.chdir("/")
+    assert checkpoint.parents[0].name == folder.name
+
+
+@pytest.mark.parametrize(
+    ("steps", "config", "state"),
+    [
+        (
+            (EXPORT,),
+            NATIVE,
+            "**Not trained** since the conversion, after which it computed what its parent computes. ",
+        ),
+        ((PRUNE, TRAIN), {}, None),
+        ((TRAIN, PRUNE), {}, None),
+    ],
+)
+def test_what_was_not_trained_says_so_until_it_is(after_steps, steps, config, state):
+    text = render_card(after_steps(*steps, **config))
+    assert ("Not trained" in text) == (state is not None)
+    assert state is None or f"\n{state}Its worth comes with training.\n" in text
+    fresh = after_steps(*steps, **config)
+    description = {**fresh.description, "preserves_function": "no", "preservation_reason": "neurons are redrawn"}
+    redrawn = dataclasses.replace(fresh, provenance={**fresh.provenance, "description": description})
+    told = "it did not compute what its parent computes: neurons are redrawn. It has to be trained."
+    assert (told in render_card(redrawn)) == (state is not None)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "rounding"), [(("F32",), ""), (("BF16", "F32"), ", up to rounding in bfloat16"), (("F16",), "float16")]
+)
+def test_what_is_rounded_is_not_called_the_same(after_steps, dtypes, rounding):
+    checkpoint = after_steps()
+    checkpoint = dataclasses.replace(checkpoint, weights=dataclasses.replace(checkpoint.weights, dtypes=dtypes))
+    text = render_card(checkpoint)
+    assert f"{rounding}. Its worth comes with training." in text
+    assert ("up to rounding" in text) == bool(rounding)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_way_to_merge_has_its_sentence(after_steps, method):
+    text = render_card(after_steps(TRAIN, MERGE | {"method": method}, **DENSE))
+    assert f"3. **merge** back to a dense model, by `{method}`: each FFN is " in text
+    assert ("what the routed experts had learned was left out" in text) == (method == "shared")
+    assert ("A merged FFN is an approximation" in text) == (method != "shared")
+
+
+def test_what_was_declared_holds_in_later_cards(copied, tmp_path):
+    path = copied / "README.md"
+    extras = CardExtras(title="Ours", license="other", license_name="a --> b", language=["en"], datasets=["org/set"])
+    path.write_text(render_card(read_checkpoint(copied), extras), encoding="utf-8")
+    declared = path.read_text(encoding="utf-8")
+    assert update_card(copied)
+    assert path.read_text(encoding="utf-8") == declared
+    # The title is this model's alone.
+    derived = shutil.copytree(copied, tmp_path / "derived")
+    write_card(derived, source=copied)
+    card = ModelCard.load(derived / "README.md")
+    assert (card.data.license_name, card.data.language, card.data.datasets) == ("a --> b", ["en"], ["org/set"])
+    assert "# Ours" not in card.text
+    # Another licence leaves nothing of the earlier one.
+    licence = CardExtras(license="mit").with_earlier(declared_in(path))
+    assert (licence.license, licence.license_name, licence.language) == ("mit", None, ["en"])
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"steps": [TRAIN | {"steps": "100"}]}, "steps is of type str instead of a whole number"),
+        ({"steps": [TRAIN | {"routers": [{"entropy": 1.0}]}]}, r"routers\[0\].layer is missing"),
+        ({"steps": [{"command": 3}]}, r"steps\[0\].command is of type int instead of text"),
+        ({"steps": [{"command": "prune", "source": "run"}]}, r"steps\[0\].source is of type str instead of an object"),
+        ({"description": {}}, "description.lines is missing"),
+        ({"expert_sources": [HUB_PARENT]}, "description.terms are of 1 dense models instead of 2"),
+    ],
+)
+def test_provenance_of_another_form_is_refused(copied, change, problem):
+    write_provenance(copied, read_provenance(copied) | change)
+    with pytest.raises(SettingsError, match=rf"upcycling.json: {problem}; correct it"):
+        read_checkpoint(copied)
+
+
+def test_a_run_that_kept_no_provenance_and_may_be_of_its_best_step_is_not_told_of(copied):
+    state = {"global_step": 10, "best_global_step": 5, "log_history": [{"step": 10, "loss": 3.0}]}
+    (copied / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+    assert read_checkpoint(copied).steps == []
+
+
 def test_an_unknown_licence_is_not_made_up(moe):
     card = ModelCard.load(moe / "README.md")
     assert card.data.license is None
@@ -228,7 +374,8 @@ def test_terms_of_a_dense_model_that_was_trained_are_those_of_its_start(after_st
     step = TRAIN | {"source": {"name": "org/dense", "revision": "main"}}
     checkpoint = dataclasses.replace(after_steps(**DENSE), provenance={"steps": [step]})
     card = card_of(checkpoint)
-    assert "## Licence\n\nThe terms of [org/dense](https://huggingface.co/org/dense) apply.\n" in card.text
+    linked = "[org/dense](https://huggingface.co/org/dense)"
+    assert f"## Licence\n\nThe terms of {linked} apply; which these are, its card did not say.\n" in card.text
     assert (card.data.base_model, card.data.license) == ("org/dense", None)
 
 

@@ -210,7 +210,7 @@ def test_a_dry_run_aligns_and_writes_nothing(checkpoint, tmp_path, settings, mon
 
 
 def test_a_failure_leaves_nothing(checkpoint, tmp_path, settings, monkeypatch):
-    monkeypatch.setattr(prune_module, "write_card", lambda folder: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(prune_module, "write_card", lambda *folders: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         prune(open_moe(str(checkpoint)), settings(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

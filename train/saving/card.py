@@ -2,13 +2,15 @@
 
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from ...common.provenance import read_provenance, replace_provenance, with_step
+from ...common.provenance import read_provenance, recorded_name, replace_provenance, with_step
 from ...model_cards.card import update_card
+from ...model_cards.terms import read_terms
 from ...model_cards.training import training_facts
 from ..arguments import Arguments
 from ..data.blocks import blocks_per_step
@@ -16,16 +18,15 @@ from ..model import CARRIED_FILES
 from .checkpoints import CONFIG_FILE
 
 
-def card_callback(arguments: Arguments) -> "CardCallback":
-    """Return the callback for a run; its output folder has the provenance of the model to start from already."""
+def card_callback(arguments: Arguments, start: Path) -> "CardCallback":
+    """Return the callback for a run that begins with the checkpoint in the folder `start`."""
     model, args = arguments.model, arguments.training
     is_local = Path(model.model_name_or_path).is_dir()
     # A revision says that the name is one on the Hub.
     revision = None if is_local else model.model_revision or "main"
+    name = recorded_name(model.model_name_or_path, start) if is_local else model.model_name_or_path
     return CardCallback(
-        args.output_dir,
-        {"name": model.model_name_or_path, "revision": revision},
-        blocks_per_step(args) * arguments.data.block_size,
+        args.output_dir, {"name": name, "revision": revision}, start, blocks_per_step(args) * arguments.data.block_size
     )
 
 
@@ -35,26 +36,33 @@ class CardCallback(TrainerCallback):
     A card that cannot be written is a warning: the model is worth more.
 
     Args:
-        output_dir: of the run; it has the provenance of the model to start from, if that has one.
-        source: name and revision of that model.
+        output_dir: of the run.
+        source: name and revision of the model to start from.
+        start: folder of that model, with its provenance and card if it has them.
         tokens_per_step: of all processes together.
     """
 
-    def __init__(self, output_dir: str, source: dict[str, Any], tokens_per_step: int):
+    def __init__(self, output_dir: str, source: Mapping[str, Any], start: Path, tokens_per_step: int):
         self.output_dir = Path(output_dir)
-        self.source = source
+        self.source = dict(source)
         self.tokens_per_step = tokens_per_step
-        self.origin = read_provenance(output_dir)
+        # Now: the run may write into that folder.
+        self.origin = read_provenance(start)
+        self.terms = read_terms(start)
 
     def on_checkpoint(self, args, state, folder: Path) -> None:
         """Write both into the checkpoint that is being made in `folder`, and the licence."""
         for pattern in CARRIED_FILES:
             for file in self.output_dir.glob(pattern):
                 shutil.copyfile(file, folder / file.name)
-        self.on_model(args, state, folder)
+        self._write(state, folder)
 
     def on_model(self, args, state, folder: Path) -> None:
-        """Write both beside the whole model in `folder`."""
+        """Write both beside the whole model in `folder`, which may be that of the best step."""
+        is_best = getattr(args, "load_best_model_at_end", False) and state.best_global_step
+        self._write(state, folder, best_step=state.best_global_step if is_best else None)
+
+    def _write(self, state, folder: Path, best_step: int | None = None) -> None:
         try:
             settings_file = self.output_dir / CONFIG_FILE
             facts = training_facts(
@@ -62,10 +70,10 @@ class CardCallback(TrainerCallback):
                 settings_file if settings_file.is_file() else None,
                 self.source,
                 self.tokens_per_step,
+                is_running=True,
+                best_step=best_step,
             )
-            # Without one, the model was not converted, and the file would say that it was.
-            if self.origin is not None:
-                replace_provenance(folder, with_step(self.origin, "train", **facts))
+            replace_provenance(folder, with_step(self.origin, "train", **facts, terms=self.terms))
             update_card(folder)
         # Whatever it is: hours of training are not lost for a card.
         except Exception as error:

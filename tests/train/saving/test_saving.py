@@ -45,6 +45,18 @@ def test_the_best_checkpoint_is_kept_and_becomes_the_final_model(settings, train
     losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
     log = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
     assert log[-1]["eval_loss"] == losses[0]
+    # Provenance and card tell of the steps that the weights have had.
+    (trained,) = json.loads((output_dir / "upcycling.json").read_text())["steps"]
+    assert {name: trained[name] for name in ("steps", "best_of_steps", "tokens", "evaluation_step")} == {
+        "steps": 1,
+        "best_of_steps": 4,
+        "tokens": 128,
+        "evaluation_step": 1,
+    }
+    assert trained["evaluation"]["all"] == losses[0]
+    assert "for 1 step (the best of 4 steps), 128 tokens" in (output_dir / "README.md").read_text()
+    (last,) = json.loads((output_dir / "checkpoint-4" / "upcycling.json").read_text())["steps"]
+    assert (last["steps"], "best_of_steps" in last) == (4, False)
 
 
 def test_ruined_weights_do_not_take_the_place_of_good_ones_nor_become_the_final_model(settings, capsys):
