@@ -29,6 +29,10 @@ RECIPES = (
     "drop_upcycling",
     "fine_grained",
     "deepseek_style",
+    "xft",
+    "zero_computation",
+    "expert_choice",
+    "moe_from_scratch_8x0.5b",
 )
 # Hidden and intermediate size, attention and key-value heads, and whether the head is tied: from their config.json.
 SHAPES = {
