@@ -26,6 +26,7 @@ MODELS = {
         "num_experts_per_tok": 1,
         "norm_topk_prob": False,
     },
+    "wide heads": {"head_dim": 128, "num_key_value_heads": 1},
     "top-p": {"router_selection": "top_p", "router_top_p": 0.6, "num_experts_per_tok": 3},
     "experts without computation": {"num_zero_experts": 2, "num_copy_experts": 1, "num_constant_experts": 1},
     "sigmoid scores with biases": {
