@@ -11,6 +11,7 @@ from pushed_checkpoints import CARD, SECRETS, leave_secrets
 from upcycled_moe.common.output_folder import LOCK_FILE
 from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.hub.files import plan_upload
+from upcycled_moe.hub.parts import code_files
 
 
 @pytest.fixture
@@ -198,3 +199,16 @@ def test_what_a_killed_command_left_is_refused(checkpoint):
     for unfinished in (partial, partial / "out"):
         with pytest.raises(SettingsError, match="is what a command has not finished writing"):
             plan_upload(unfinished)
+
+
+def test_a_folder_that_is_replaced_while_it_is_read_is_refused(checkpoint, monkeypatch):
+    def replace(folder):
+        shutil.copytree(checkpoint, checkpoint.with_name("new"))
+        checkpoint.rename(checkpoint.with_name("old"))
+        checkpoint.with_name("new").rename(checkpoint)
+        return code_files(folder)
+
+    # After some of it has been checked.
+    monkeypatch.setattr("upcycled_moe.hub.files.code_files", replace)
+    with pytest.raises(SettingsError, match="moe: changed while it was read; wait for what writes there"):
+        plan_upload(checkpoint)
