@@ -180,7 +180,7 @@ def test_a_model_from_scratch_is_nobodys_child(dense, linear_recipe, tmp_path):
 def test_only_copies_start_equal(dense, linear_recipe, settings, sentence):
     card = render_card(planned_checkpoint(build_plan(open_source(str(dense())), linear_recipe(**settings))))
     assert ("start equal" in card) == (sentence is not None)
-    assert sentence is None or f"\n{sentence}\n" in card
+    assert sentence is None or f"\n- {sentence}\n" in card
     assert "Whatever its parent gets wrong, this model gets wrong." in card
 
 

@@ -197,6 +197,8 @@ def test_captions_name_the_checkpoints_that_are_drawn(moe, routing):
     other = content["checkpoints"][0] | {"name": "other", "path": "elsewhere", "measures": {}}
     content["checkpoints"].append(other)
     routing.write_text(json.dumps(content), encoding="utf-8")
+    # This one was not compared with its parent.
+    (routing.parent / "parent_divergence.png").touch()
     captions = {path.name: shows for path, shows in read_analysis(routing, moe).pictures.items()}
     assert captions == {
         "overview.png": "Routing figures by layer: moe (this model), other",

@@ -112,7 +112,7 @@ def test_no_card_has_gaps(after_steps, kind):
             "3. **export** to Qwen2MoeForCausalLM, a class of Transformers' own: the first that computes the same.",
             'from_pretrained(path, dtype="auto")',
             "vllm serve .",
-            "\nOn the export: routers run in bfloat16.\n",
+            "\n- On the export: routers run in bfloat16.\n",
         ],
         "merged": [
             "A dense language model, made by merging the experts of a Mixture-of-Experts model that was\n"
@@ -328,6 +328,8 @@ def test_what_was_declared_holds_in_later_cards(copied, tmp_path):
     extras = CardExtras(title="Ours", license="other", license_name="a --> b", language=["en"], datasets=["org/set"])
     path.write_text(render_card(read_checkpoint(copied), extras), encoding="utf-8")
     declared = path.read_text(encoding="utf-8")
+    (comment,) = re.findall(r"<!-- declared .*?-->", declared)
+    assert comment.endswith('["org/set"]} -->'), "no value ends the comment"
     assert update_card(copied)
     assert path.read_text(encoding="utf-8") == declared
     # The title is this model's alone.
