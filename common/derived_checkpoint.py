@@ -1,6 +1,5 @@
 """A checkpoint that is made of another one: streamed, and all or nothing."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from .companions import copy_companions, declare_tokenizer_class, tokenizer_clas
 from .moe_source import MoeSource
 from .output_folder import OutputError, check_output_folder, staged
 from .progress import Progress
-from .streaming.planned import Shard
+from .streaming.planned import Shard, num_parameters
 from .streaming.writer import write_weights
 
 
@@ -42,12 +41,7 @@ class DerivedCheckpoint:
     @property
     def total_parameters(self) -> int:
         """Parameters of the new model; tied embeddings count once."""
-        return sum(
-            math.prod(tensor.shape)
-            for shard in self.shards
-            for tensor in shard.tensors
-            if tensor.is_parameter and not (tensor.name == "lm_head.weight" and self.config.tie_word_embeddings)
-        )
+        return num_parameters(self.shards, self.config.tie_word_embeddings)
 
 
 def check_checkpoint_folder(

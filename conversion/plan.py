@@ -14,7 +14,7 @@ from modeling_upcycled_moe import UpcycledQwenMoeConfig
 from ..common.flops import forward_flops_per_token
 from ..common.settings import SettingsError
 from ..common.streaming.contents import num_computed_elements
-from ..common.streaming.planned import PlannedTensor, Shard, into_shards
+from ..common.streaming.planned import PlannedTensor, Shard, into_shards, num_parameters
 from ..common.streaming.stored import DTYPES
 from ..common.text_files import find_files
 from .experts import expert_width
@@ -72,11 +72,7 @@ class ConversionPlan:
     @property
     def total_parameters(self) -> int:
         """Parameters of the MoE model; tied embeddings count once."""
-        return sum(
-            math.prod(tensor.shape)
-            for tensor in self.tensors
-            if tensor.is_parameter and not self._is_tied_copy(tensor)
-        )
+        return num_parameters(self.shards, self.config.tie_word_embeddings)
 
     @property
     def tied_head_parameters(self) -> int:
@@ -152,9 +148,6 @@ class ConversionPlan:
         batch_bytes = batch_tokens * itemsize * (3 * config.intermediate_size + 6 * config.hidden_size)
         read_bytes = min(embedding.num_bytes, recipe.num_calibrated_tokens * config.hidden_size * itemsize)
         return kept_bytes + batch_bytes + read_bytes + 2 * layer_bytes
-
-    def _is_tied_copy(self, tensor: PlannedTensor) -> bool:
-        return tensor.name == "lm_head.weight" and self.config.tie_word_embeddings
 
     def to_dict(self, out: Path | None = None) -> dict[str, Any]:
         """Return the plan for `--json`; with `out`, also the free disk space where it will be written."""

@@ -55,6 +55,16 @@ def into_shards(tensors: Sequence[PlannedTensor], max_shard_bytes: int) -> tuple
     )
 
 
+def num_parameters(shards: Sequence[Shard], has_tied_embeddings: bool) -> int:
+    """Return the parameters in `shards`; a head that is stored although it is the embedding does not count."""
+    return sum(
+        math.prod(tensor.shape)
+        for shard in shards
+        for tensor in shard.tensors
+        if tensor.is_parameter and not (has_tied_embeddings and tensor.name == "lm_head.weight")
+    )
+
+
 def layer_of(name: str) -> int | None:
     """Return the decoder layer of the tensor `name`, None if it is in none."""
     return int(name.split(".")[2]) if name.startswith("model.layers.") else None
