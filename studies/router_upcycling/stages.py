@@ -143,7 +143,7 @@ def run_training(
     from transformers import AutoConfig
 
     from upcycled_moe.common.flops import training_flops_per_token
-    from upcycled_moe.common.provenance import PROVENANCE_FILE
+    from upcycled_moe.common.provenance import read_provenance
     from upcycled_moe.train.arguments import build_arguments
     from upcycled_moe.train.data.blocks import blocks_per_step
     from upcycled_moe.train.train import train
@@ -154,14 +154,15 @@ def run_training(
     train(arguments)
     state = json.loads((model / "trainer_state.json").read_text(encoding="utf-8"))
     config = AutoConfig.from_pretrained(model)
-    provenance = start / PROVENANCE_FILE
+    # Of a dense start it has the training only.
+    provenance = read_provenance(start) or {}
     metrics = {
         "log": state["log_history"],
         "blocks_digest": digest,
         "tokens_per_step": blocks_per_step(arguments.training) * arguments.data.block_size,
         "num_parameters": _num_parameters(model),
         "flops_per_token": training_flops_per_token(config, settings["training"]["block_size"]),
-        "upcycling": json.loads(provenance.read_text(encoding="utf-8")) if provenance.is_file() else None,
+        "upcycling": provenance if "recipe" in provenance else None,
     }
     (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     if start.is_relative_to(folder):
