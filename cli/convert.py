@@ -1,7 +1,6 @@
 """`upcycled-moe convert`: a dense Qwen checkpoint becomes a Mixture-of-Experts one."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,7 +96,9 @@ def run(options: argparse.Namespace) -> int:
         destination = None  # what is wrong stays here
     output = None
     if options.json:
-        output = json.loads((out / "upcycling.json").read_text(encoding="utf-8"))
+        from ..common.provenance import read_provenance
+
+        output = read_provenance(out)
         if verification is not None:
             output["verification"] = verification.to_dict()
     push_and_print(out, destination, output, progress)
