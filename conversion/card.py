@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from ..common.hub_names import hub_datasets
 from ..common.provenance import recorded_name
 from ..model_cards.checkpoint import Checkpoint, Weights, parent_of
-from ..model_cards.names import hub_datasets
 from ..model_cards.terms import read_terms
 from ..model_cards.training import shown_source
 from .description import describe_model, fresh_limits, lasting_limits, num_active

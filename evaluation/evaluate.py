@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..common.checkpoint_names import NamedCheckpoint
 from ..common.checkpoints import check_code, load_config, load_model, load_tokenizer, model_without_weights
 from ..common.devices import best_device, free_memory
+from ..common.hub_names import hub_datasets
 from ..common.labelled_text import Block, labelled_blocks
 from ..common.perplexity import TextLosses, measure_perplexity, separates_documents
 from ..common.progress import Progress
@@ -21,7 +22,6 @@ from ..common.settings import SettingsError
 from ..common.text import open_text
 from ..common.text_settings import MAX_BLOCK_SIZE
 from ..common.tokenizers import tokens_digest
-from ..model_cards.names import hub_datasets
 from .differences import average_differences, item_difference, text_difference
 from .notes import report_notes
 from .results import CheckpointResult, Differences, EvaluationReport, TaskInfo

@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
+from ..common.hub_names import is_hub_id
 from ..common.settings import SettingsError
-from ..model_cards.names import is_hub_id
 from .errors import WAY_TO_TOKEN, PushError, talking
 
 

@@ -7,10 +7,10 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
 
+from ..common.hub_names import is_hub_id, is_language
 from .checkpoint import Checkpoint, Parent, parent_of
 from .extras import CardExtras
 from .hub_terms import LICENSES
-from .names import is_hub_id, is_language
 
 
 # One unit: name and link belong to the licence that they were declared with.

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..common.hub_names import hub_datasets, is_hub_dataset
 from ..common.settings import load_yaml
-from .names import hub_datasets, is_hub_dataset
 
 
 STATE_FILE = "trainer_state.json"

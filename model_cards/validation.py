@@ -11,8 +11,8 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
+from ..common.hub_names import is_language
 from .hub_terms import BASE_MODEL_RELATIONS, LICENSES, PIPELINE_TAGS
-from .names import is_language
 from .pictures import local_pictures
 
 

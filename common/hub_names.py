@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..common.text_files import loader_of
+from .text_files import loader_of
 
 
 # ISO 639-1 or 639-3, which a script or region may follow, and what the Hub has beside them.
