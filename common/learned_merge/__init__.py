@@ -1,0 +1,1 @@
+"""Learning what each of several sources counts in the weights that are made of them."""

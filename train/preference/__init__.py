@@ -1,0 +1,1 @@
+"""Training on preference pairs: reward models, and iterative DPO."""
