@@ -55,7 +55,7 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Blend:
-    """A part of a parameter that is `Σ_k c_k S_k`.
+    """A part of a parameter, or of a buffer, that is `Σ_k c_k S_k`.
 
     Args:
         parameter: its name.
@@ -71,8 +71,24 @@ class Blend:
     shape: tuple[int, int] | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return the part of the parameter, or of its gradient, as a matrix that shares its memory."""
-        matrix = tensor.view(-1, tensor.shape[-1])
+        """Return the part of the parameter, or of its gradient, as a matrix that shares its memory.
+
+        Raises:
+            RuntimeError: if the tensor's memory is not contiguous.
+        """
+        rows, columns = self._ranges(tensor)
+        return tensor.view(-1, tensor.shape[-1])[rows.start : rows.stop, columns.start : columns.stop]
+
+    def overlaps(self, other: "Blend", tensor: Tensor) -> bool:
+        """Return whether this and `other` have weights of the parameter `tensor` in common."""
+        return all(
+            max(mine.start, its.start) < min(mine.stop, its.stop)
+            for mine, its in zip(self._ranges(tensor), other._ranges(tensor), strict=True)
+        )
+
+    def _ranges(self, tensor: Tensor) -> tuple[range, range]:
+        num_columns = tensor.shape[-1]
+        num_rows = tensor.numel() // num_columns
         if self.shape is None:
-            return matrix[self.row :, self.column :]
-        return matrix[self.row : self.row + self.shape[0], self.column : self.column + self.shape[1]]
+            return range(self.row, num_rows), range(self.column, num_columns)
+        return range(self.row, self.row + self.shape[0]), range(self.column, self.column + self.shape[1])

@@ -1,0 +1,147 @@
+"""Learning what the sources of a merge count: from preference pairs, or from text."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+from modeling_upcycled_moe.losses_upcycled_moe import ROUTER_LOSSES
+
+from ..common.learned_merge.merge import LearnedMerge
+from ..common.progress import Progress
+from ..common.settings import SettingsError
+from .fit_record import LEAST_MOVE, FitRecord, FitStep
+from .fit_trainers import make_trainer, same_afterwards, silent
+from .settings import FitSettings
+
+
+# What the trainers call the share of held-out pairs whose chosen answer scores higher.
+_ACCURACY = {"bradley_terry": "eval_accuracy", "dpo": "eval_rewards/accuracies"}
+
+
+def fit_coefficients(
+    merge: LearnedMerge,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: Dataset,
+    settings: FitSettings,
+    reference: PreTrainedModel | None = None,
+    progress: Progress | None = None,
+) -> FitRecord:
+    """Learn the coefficients of `merge` on `data`, and return how that went; the model has the last weights then.
+
+    Adam moves the logits of the coefficients, without weight decay. The model runs where it is and in its type,
+    without losses of routers.
+
+    Args:
+        model: the one that `merge` writes to: a reward model with one output for `bradley_terry`, else a language
+            model. Its configuration gets the padding token of the tokenizer.
+        tokenizer: with a chat template; None for `lm`.
+        data: what `read_pairs` returns, or for `lm` blocks of text of one length, as `input_ids`.
+        reference: of `dpo`; by default the merge as it is now. Its log-probabilities are computed before the first
+            step.
+        progress: it is warned of coefficients that hardly moved.
+
+    Raises:
+        SettingsError: if trl is missing, or the model, the tokenizer or the data do not fit the loss.
+    Source: DPO (arXiv 2305.18290), and the Bradley-Terry loss of reward models as in InstructGPT (arXiv 2203.02155),
+        equation 1. That coefficients of a merge are learned with them is UMM-RM's (arXiv 2512.00724) and TPMM-DPO's
+        (arXiv 2605.23398); settings and optimizer are our reading.
+    """
+    progress = progress or Progress()
+    _check(model, tokenizer, settings)
+    training, heldout = _split(data, settings)
+    optimizer = merge.attached(torch.optim.Adam(merge.parameters(), lr=settings.learning_rate))
+    initial = merge.values()
+    with (
+        silent(),
+        same_afterwards(model, reference),
+        _without_router_losses(model),
+        TemporaryDirectory() as folder,
+        progress.task("Learning coefficients", settings.max_steps, "steps") as advance,
+    ):
+        trainer = make_trainer(model, tokenizer, training, heldout, settings, optimizer, reference, Path(folder))
+        observer = _Observer(merge, advance)
+        trainer.add_callback(observer)
+        before = _measured(trainer, settings.loss)
+        trainer.train()
+        after = _measured(trainer, settings.loss)
+    record = FitRecord(
+        settings=settings,
+        num_train=len(trainer.train_dataset),
+        num_heldout=len(trainer.eval_dataset),
+        initial=initial,
+        steps=tuple(observer.steps),
+        before=before,
+        after=after,
+    )
+    if record.largest_relative_move < LEAST_MOVE:
+        progress.warn(
+            f"No coefficient moved by {LEAST_MOVE:.0%} of itself (at most {record.largest_relative_move:.2%}): the "
+            "merge is about what it began as; raise the learning rate or the number of steps."
+        )
+    return record
+
+
+class _Observer(TrainerCallback):
+    """Keeps what each step did."""
+
+    def __init__(self, merge: LearnedMerge, advance: Callable[[int], None]):
+        self.steps: list[FitStep] = []
+        self._merge, self._advance = merge, advance
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        # The summary at the end, and evaluations, have no loss of this name.
+        if logs and "loss" in logs:
+            self.steps.append(FitStep(float(logs["loss"]), self._merge.gradient_norm(), self._merge.values()))
+            self._advance(1)
+
+
+def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, settings: FitSettings) -> None:
+    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+    if (settings.loss == "bradley_terry") != is_classifier or (is_classifier and model.config.num_labels != 1):
+        labels = f" with num_labels={model.config.num_labels}" * is_classifier
+        raise SettingsError(
+            f"loss={settings.loss!r} cannot train a {type(model).__name__}{labels}; bradley_terry takes a reward "
+            "model (…ForSequenceClassification with num_labels=1), lm and dpo a language model."
+        )
+    if settings.loss != "lm" and (tokenizer is None or tokenizer.chat_template is None):
+        raise SettingsError(
+            f"loss={settings.loss!r} reads conversations, and the tokenizer has no chat template; put one beside the "
+            "weights (chat_template.jinja)."
+        )
+
+
+def _split(data: Dataset, settings: FitSettings) -> tuple[Dataset, Dataset]:
+    """Return what is learned from, and what is held out: a share of all, at random."""
+    num_heldout = round(settings.holdout * len(data))
+    if not 0 < num_heldout < len(data):
+        raise SettingsError(
+            f"holdout={settings.holdout} of {len(data)} pairs or blocks leaves {len(data) - num_heldout} to learn "
+            f"from and {num_heldout} to measure; give more data."
+        )
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    return data.select(order[num_heldout:]), data.select(order[:num_heldout])
+
+
+def _measured(trainer: Trainer, loss: str) -> dict[str, float]:
+    metrics = trainer.evaluate()
+    measured = {"loss": metrics["eval_loss"]}
+    return measured | {"accuracy": metrics[_ACCURACY[loss]]} if loss in _ACCURACY else measured
+
+
+@contextmanager
+def _without_router_losses(model: PreTrainedModel) -> Iterator[None]:
+    """Leave the losses of routers out of that of a model with experts: the coefficients are of what it says."""
+    kept = {name: getattr(model.config, name) for name in ROUTER_LOSSES.values() if hasattr(model.config, name)}
+    try:
+        for name in kept:
+            setattr(model.config, name, 0.0)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(model.config, name, value)
