@@ -40,7 +40,7 @@ def interval_of_largest(values: np.ndarray, resampled: np.ndarray) -> Interval:
     """Return an interval of the largest of several means, zero among them.
 
     The mean that turned out largest is so by luck in part, and its own interval would deny it. This one is made of
-    intervals that hold all means at once, `mean_c ± t · s_c`: the quantile `t` of the largest |deviation| / s_c over c.
+    intervals that hold all means at once: `mean_c ± t · s_c`, with the quantile `t` of the largest |deviation| / s_c.
 
     Args:
         values: the means [C].

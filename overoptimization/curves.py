@@ -54,8 +54,8 @@ def best_of_n(scores: np.ndarray, values: np.ndarray, numbers: Sequence[int]) ->
         scores: of the proxy [P, N].
         values: what the chosen response is worth [P, N]: gold's scores, or the proxy's own.
 
-    Source: WebGPT (arXiv 2112.09332), Appendix I, as Gao et al. (arXiv 2210.10760) use it. What ties do is our reading:
-    neither speaks of them.
+    Source: WebGPT (arXiv 2112.09332), Appendix I, as Gao et al. (arXiv 2210.10760) use it. What ties do is our
+    reading: neither speaks of them.
     """
     weights = np.stack([best_of_n_weights(scores.shape[1], n) for n in numbers], axis=1)  # [N, C]
     return np.stack([_in_order(*row) for row in zip(scores, values, strict=True)]) @ weights

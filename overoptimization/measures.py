@@ -29,7 +29,7 @@ class Figures:
         gold_at_one: what the policy gets without a choice: zero, as gold is standardised.
         gold_at_peak: the most that gold reaches.
         peak: the n where it does; the smallest, if several.
-        gold_at_end: gold with the choice among all N.
+        gold_at_end: gold with a choice among all N.
         drop: `gold_at_peak − gold_at_end`.
         regret: what gold's own choice among all N gets, less `gold_at_end`.
         goodhart_gap: how much further the proxy's own score rises from n = 1 to N than gold, each in its own standard
@@ -115,26 +115,26 @@ def measure(scores: np.ndarray, gold: np.ndarray, numbers: Sequence[int], weight
     if numbers[0] != 1 or numbers[-1] != gold.shape[1]:
         raise ValueError(f"a curve goes from 1 to {gold.shape[1]}, not from {numbers[0]} to {numbers[-1]}.")
     proxies, gold = [standardized(seed) for seed in scores], standardized(gold)
-    gold_SPC = np.stack([best_of_n(proxy, gold, numbers) for proxy in proxies])
-    proxy_SPC = np.stack([best_of_n(proxy, proxy, numbers) for proxy in proxies])
+    gold_curves = np.stack([best_of_n(proxy, gold, numbers) for proxy in proxies])  # [S, P, C]
+    proxy_curves = np.stack([best_of_n(proxy, proxy, numbers) for proxy in proxies])  # [S, P, C]
     oracle = float(gold.max(axis=1).mean())
-    quality = [(_pairwise_accuracy(proxy, gold), _correlation(proxy, gold)) for proxy in proxies]
+    agreements = [(_pairwise_accuracy(proxy, gold), _correlation(proxy, gold)) for proxy in proxies]
     seeds = [
-        _seed_result(gold_PC.mean(axis=0), proxy_PC.mean(axis=0), numbers, oracle, *of_seed)
-        for gold_PC, proxy_PC, of_seed in zip(gold_SPC, proxy_SPC, quality, strict=True)
+        SeedResult(by_gold.tolist(), by_proxy.tolist(), _figures(by_gold, by_proxy, numbers, oracle, *agreement))
+        for by_gold, by_proxy, agreement in zip(
+            gold_curves.mean(axis=1), proxy_curves.mean(axis=1), agreements, strict=True
+        )
     ]
-    gold_PC, proxy_PC = gold_SPC.mean(axis=0), proxy_SPC.mean(axis=0)
-    joined = _seed_result(
-        gold_PC.mean(axis=0), proxy_PC.mean(axis=0), numbers, oracle, *map(_mean, zip(*quality, strict=True))
-    )
-    falls = gold_PC - gold_PC[:, -1:]
+    per_prompt, proxy_per_prompt = gold_curves.mean(axis=0), proxy_curves.mean(axis=0)  # [P, C]
+    agreement = map(_mean, zip(*agreements, strict=True))
+    falls = per_prompt - per_prompt[:, -1:]
     return ModelResult(
-        gold=_curve(gold_PC, weights),
-        proxy=_curve(proxy_PC, weights),
-        figures=joined.figures,
+        gold=_curve(per_prompt, weights),
+        proxy=_curve(proxy_per_prompt, weights),
+        figures=_figures(per_prompt.mean(axis=0), proxy_per_prompt.mean(axis=0), numbers, oracle, *agreement),
         drop_interval=interval_of_largest(falls.mean(axis=0), weights @ falls),
         seeds=seeds,
-        gold_per_prompt=gold_PC,
+        gold_per_prompt=per_prompt,
     )
 
 
@@ -163,16 +163,16 @@ def _curve(per_prompt: np.ndarray, weights: np.ndarray) -> Curve:
     )
 
 
-def _seed_result(
+def _figures(
     gold: np.ndarray,
     proxy: np.ndarray,
     numbers: Sequence[int],
     oracle: float,
     pairwise_accuracy: float | None,
     correlation: float | None,
-) -> SeedResult:
+) -> Figures:
     peak = int(np.argmax(gold))
-    figures = Figures(
+    return Figures(
         gold_at_one=float(gold[0]),
         gold_at_peak=float(gold[peak]),
         peak=numbers[peak],
@@ -184,7 +184,6 @@ def _seed_result(
         pairwise_accuracy=pairwise_accuracy,
         correlation=correlation,
     )
-    return SeedResult(gold.tolist(), proxy.tolist(), figures)
 
 
 def _pairwise_accuracy(proxy: np.ndarray, gold: np.ndarray) -> float | None:

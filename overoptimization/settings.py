@@ -109,9 +109,7 @@ class OveroptimizationSettings:
         if (self.gold is None) == (self.gold_column is None):
             raise SettingsError("Give gold once: a reward model, or a column of the samples with its scores.")
         if self.gold_column is not None and isinstance(self.samples, PolicySettings):
-            raise SettingsError(
-                "A column of gold scores needs samples that have it; with a policy, give a gold model."
-            )
+            raise SettingsError("Samples of a policy have no column of gold scores; give a gold reward model.")
         for name, least in (("batch_size", 1), ("max_length", 1), ("num_resamples", 100)):
             if getattr(self, name) < least:
                 raise SettingsError(f"{name}={getattr(self, name)} must be at least {least}.")
@@ -128,16 +126,14 @@ class OveroptimizationSettings:
             unknown = [member for member in ensemble.members if member not in models]
             if unknown:
                 raise SettingsError(
-                    f"Ensemble {ensemble.name}: there is no reward model {unknown[0]!r}; there are {', '.join(models)}."
+                    f"Ensemble {ensemble.name}: {unknown[0]!r} is no reward model; there are {', '.join(models)}."
                 )
             if sum(len(models[member].checkpoints) for member in ensemble.members) < 2:
                 raise SettingsError(
                     f"Ensemble {ensemble.name}: has one member only; name several models, or one of several seeds."
                 )
         if self.baseline is not None and self.baseline not in self.names:
-            raise SettingsError(
-                f"baseline={self.baseline!r}: there is no such model; there are {', '.join(self.names)}."
-            )
+            raise SettingsError(f"baseline={self.baseline!r} is no model; there are {', '.join(self.names)}.")
 
     @property
     def names(self) -> list[str]:
