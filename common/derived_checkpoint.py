@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from .checkpoint_source import CheckpointSource
 from .companions import copy_companions, declare_tokenizer_class, tokenizer_class_to_declare
-from .moe_source import MoeSource
 from .output_folder import OutputError, check_output_folder, staged
 from .progress import Progress
 from .streaming.planned import Shard, num_parameters
@@ -29,7 +29,7 @@ class DerivedCheckpoint:
         shards: the weight files, with the content of every tensor.
     """
 
-    source: MoeSource
+    source: CheckpointSource
     config: PreTrainedConfig
     shards: tuple[Shard, ...]
 

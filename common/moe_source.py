@@ -1,9 +1,7 @@
 """The upcycled checkpoint that is read: its configuration, and where each of its tensors lies."""
 
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -16,8 +14,8 @@ from modeling_upcycled_moe import (
     UpcycledQwenMoeForSequenceClassification,
 )
 
-from .companions import has_tokenizer
-from .provenance import read_provenance, recorded_name
+from .checkpoint_source import CheckpointSource
+from .provenance import read_provenance
 from .streaming.fetch import locate
 from .streaming.stored import SourceError, StoredTensor, check_stored, read_config, read_tensors
 
@@ -29,39 +27,10 @@ MODEL_CLASSES = {
 
 
 @dataclass(frozen=True)
-class MoeSource:
-    """An upcycled checkpoint on disk.
+class MoeSource(CheckpointSource):
+    """An upcycled checkpoint on disk; `config` is of this package's class, and no code beside the weights is run."""
 
-    Args:
-        name: what the user called it: a folder or a Hub id.
-        folder: where its files lie.
-        revision: commit of the Hub repository, if it came from there.
-        config: its configuration, of this package's class; code beside the weights is not run.
-        tensors: every tensor by name, in the order of the files.
-        provenance: what `upcycling.json` beside the weights says, None if it is not there.
-    """
-
-    name: str
-    folder: Path
-    revision: str | None
     config: UpcycledQwenMoeConfig
-    tensors: dict[str, StoredTensor] = field(repr=False)
-    provenance: dict[str, Any] | None = field(repr=False)
-
-    @cached_property
-    def has_tokenizer(self) -> bool:
-        """Whether a tokenizer lies beside the weights."""
-        return has_tokenizer(self.folder)
-
-    @property
-    def record(self) -> dict[str, str | None]:
-        """Name and revision as provenance keeps them; `.` and `..` would name another folder there."""
-        return {"name": recorded_name(self.name, self.folder), "revision": self.revision}
-
-    @property
-    def weight_files(self) -> list[Path]:
-        """The safetensors files, in order."""
-        return sorted({tensor.path for tensor in self.tensors.values()})
 
     def router(self, layer_idx: int) -> Router:
         """Return the router of MoE layer `layer_idx`, with weights that are read from the file when they are used."""

@@ -2,15 +2,15 @@
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from .checkpoint_source import CheckpointSource
 from .checkpoints import load_tokenizer
 from .labelled_text import Block, labelled_blocks
-from .moe_source import MoeSource
 from .settings import SettingsError
 from .text import open_text
 from .text_settings import TextSettings
 
 
-def load_text_tokenizer(source: MoeSource) -> PreTrainedTokenizerBase:
+def load_text_tokenizer(source: CheckpointSource) -> PreTrainedTokenizerBase:
     """Return the tokenizer of `source`.
 
     Raises:
