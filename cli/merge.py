@@ -11,6 +11,7 @@ from ..common.settings import SettingsError
 from ..common.text_settings import CALIBRATION_SPLIT
 from ..merging.settings import METHODS, MergeSettings
 from .derived_options import add_output_options, add_places, max_shard_bytes
+from .learn_options import add_learn_options, learn_settings
 from .text_options import DEFAULTS, PASS_MEMORY_ADVICE, add_pass_options, add_text_options, text_settings
 
 
@@ -39,7 +40,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         choices=METHODS,
         default=MergeSettings.method,
         help="average: all experts alike; usage: by the routing weights that they get on the text of --data; "
-        "coefficients: those in a file; shared: the shared expert alone (default: %(default)s)",
+        "coefficients: those in a file; shared: the shared expert alone; learned: what brings --loss down on --data "
+        "(default: %(default)s)",
     )
     parser.add_argument("--coefficients", metavar="FILE", type=Path, help="JSON file, for --method coefficients")
     parser.add_argument(
@@ -49,10 +51,11 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="write what was used, as --coefficients takes it; with --overwrite over a file of them that is there",
     )
     add_output_options(parser)
-    text = parser.add_argument_group("text, for --method usage")
+    text = parser.add_argument_group("data: text for --method usage; preference pairs, or text, for learned")
     add_text_options(text, required=False)
     parser.set_defaults(split=CALIBRATION_SPLIT)
     add_pass_options(text)
+    add_learn_options(parser.add_argument_group("learning, for --method learned"))
     return parser
 
 
@@ -71,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     progress = ConsoleProgress()
     source = open_moe(options.checkpoint, options.revision)
     places = {"save_coefficients": options.save_coefficients, "overwrite": options.overwrite}
-    plan = plan_merge(source, settings, out, shard_bytes, **places, progress=progress)
+    plan = plan_merge(source, settings, out, shard_bytes, **places, learn=not options.dry_run, progress=progress)
     if not options.dry_run:
         merge(plan, out, **places, progress=progress)
     if options.json:
@@ -86,7 +89,14 @@ def _settings(options: argparse.Namespace) -> MergeSettings:
     changed = [name for name, default in defaults.items() if name != "data" and getattr(text, name) != default]
     if changed and not text.data:
         raise SettingsError(f"--{changed[0].replace('_', '-')} has no meaning without --data; give both or none.")
-    return MergeSettings(options.method, options.coefficients, text if text.data else None)
+    learn = learn_settings(options, text, changed)
+    if learn is None and text.data and options.method != "usage":
+        raise SettingsError(
+            f"--data has no meaning with --method {options.method}, only with usage and learned; leave it out."
+        )
+    return MergeSettings(
+        options.method, options.coefficients, text if options.method == "usage" and text.data else None, learn
+    )
 
 
 def print_plan(plan: "MergePlan", out: Path, dry_run: bool) -> None:
@@ -97,18 +107,29 @@ def print_plan(plan: "MergePlan", out: Path, dry_run: bool) -> None:
     table = _table(plan)
     console = stdout_console(table)
     console.print(table)
-    if plan.num_tokens is not None:
-        console.print(
-            f"Measured on {sum(plan.num_tokens.values()):,} tokens of {', '.join(plan.num_tokens)}.",
-            soft_wrap=True,
-            markup=False,
-        )
+    for line in _evidence(plan):
+        console.print(line, soft_wrap=True, markup=False)
     console.print(
         f"{'Would write' if dry_run else 'Wrote'} {out} ({plan.derived.config.architectures[0]}): "
         f"{format_bytes(plan.derived.num_bytes)}, {format_count(plan.derived.total_parameters)} parameters.",
         soft_wrap=True,
         markup=False,
     )
+
+
+def _evidence(plan: "MergePlan") -> Iterator[str]:
+    """Yield in lines what the coefficients come from."""
+    if (num_tokens := plan.chosen.num_tokens) is not None:
+        yield f"Measured on {sum(num_tokens.values()):,} tokens of {', '.join(num_tokens)}."
+    if (fit := plan.chosen.fit) is not None:
+        unit = "blocks" if fit.settings.loss == "lm" else "pairs"
+        yield f"Learned in {len(fit.steps):,} steps from {fit.num_train:,} {unit}, by {fit.settings.loss}."
+        yield (
+            f"Coefficients moved by up to {fit.largest_move:.3f}, and by up to {fit.largest_relative_move:.0%} of "
+            "what they were."
+        )
+        changes = ", ".join(f"{name} {fit.before[name]:.4f} -> {fit.after[name]:.4f}" for name in fit.after)
+        yield f"On {fit.num_heldout:,} {unit} that were held out: {changes}."
 
 
 def _table(plan: "MergePlan") -> "Table":

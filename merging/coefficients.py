@@ -12,6 +12,7 @@ from typing import Any
 
 from ..common.files import write_text
 from ..common.settings import SettingsError, check_keys
+from .layout import ExpertLayout
 
 
 COEFFICIENTS_FORMAT = 1
@@ -55,6 +56,19 @@ class MergeCoefficients:
     def save(self, path: Path) -> None:
         """Write them to `path`; what [`load_coefficients`] reads there is the same to the bit."""
         write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
+
+
+def average_coefficients(layout: ExpertLayout) -> MergeCoefficients:
+    """Return coefficients for which all FFNs count alike, the shared expert as one of them."""
+    routed = dict.fromkeys(layout.moe_layers, (1 / layout.num_experts,) * layout.num_experts)
+    shared = dict.fromkeys(layout.moe_layers, 1 / (layout.num_copies + 1))
+    return MergeCoefficients.alike(routed, shared if layout.has_shared_expert else None)
+
+
+def shared_coefficients(layout: ExpertLayout) -> MergeCoefficients:
+    """Return coefficients for which only the shared expert counts."""
+    average = average_coefficients(layout)
+    return MergeCoefficients(average.layers, dict.fromkeys(layout.moe_layers, 1.0))
 
 
 def load_coefficients(

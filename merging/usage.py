@@ -12,6 +12,7 @@ from modeling_upcycled_moe.selection_upcycled_moe import sum_dtype
 
 from ..common.checkpoints import load_model
 from ..common.devices import best_device
+from ..common.labelled_text import Block
 from ..common.moe_layers import MoeLayer, RoutedTokens, find_moe_layers
 from ..common.moe_source import MoeSource
 from ..common.progress import Progress
@@ -80,19 +81,35 @@ def measure_coefficients(
 ) -> tuple[MergeCoefficients, dict[str, int]]:
     """Return the coefficients by what the routers of `source` do with `text`, and its tokens by domain.
 
-    The whole model runs, by the code of this package. All tokens count alike.
-
     Raises:
         SettingsError: if the text does not fit the model, or a router does not use its experts.
     """
     tokenizer = load_text_tokenizer(source)
     block_size = text.block_size_for({source.name: source.config.max_position_embeddings})
     domains = read_blocks(text, tokenizer, block_size)
+    coefficients = coefficients_by_usage(source, layout, domains, text.batch_size, text.dtype, progress)
+    return coefficients, {name: sum(len(block["input_ids"]) for block in blocks) for name, blocks in domains.items()}
+
+
+def coefficients_by_usage(
+    source: MoeSource,
+    layout: ExpertLayout,
+    domains: dict[str, list[Block]],
+    batch_size: int,
+    dtype: str,
+    progress: Progress,
+) -> MergeCoefficients:
+    """Return the coefficients by what the routers of `source` do with the blocks of all `domains`.
+
+    The whole model runs, by the code of this package. All tokens count alike.
+
+    Raises:
+        SettingsError: if the text does not fit the model, or a router does not use its experts.
+    """
     check_tokens(source.name, domains, source.config)
-    model = load_model(str(source.folder), source.config, dtype=text.dtype, device=best_device(), own_code=False)
+    model = load_model(str(source.folder), source.config, dtype=dtype, device=best_device(), own_code=False)
     layers = find_moe_layers(model)
     usage = ExpertUsage(model, layers)
     with progress.task("Routing text", sum(map(len, domains.values())), "blocks") as advance:
-        run_pass(model, layers, domains, [usage], text.batch_size, advance)
-    num_tokens = {name: sum(len(block["input_ids"]) for block in blocks) for name, blocks in domains.items()}
-    return usage.coefficients(layout), num_tokens
+        run_pass(model, layers, domains, [usage], batch_size, advance)
+    return usage.coefficients(layout)

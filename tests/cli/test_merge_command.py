@@ -87,11 +87,11 @@ def test_matrices_of_their_own_have_rows_of_their_own(upcycled_moe, moe, tmp_pat
     [
         (["--method", "usage"], "--method usage needs text; give --data."),
         (["--method", "coefficients"], "--method coefficients needs a file; give --coefficients."),
-        (["--data", "x"], "--data has no meaning with --method average, only with usage; leave it out."),
+        (["--data", "x"], "--data has no meaning with --method average, only with usage and learned; leave it out."),
         (["--coefficients", "x"], "--coefficients has no meaning with --method average, only with coefficients;"),
         (["--block-size", "5"], "--block-size has no meaning without --data; give both or none."),
         (["--method", "usage", "--data", "x", "--batch-size", "0"], "batch_size=0 must be at least 1."),
-        (["--method", "learned"], "argument --method: invalid choice: 'learned'"),
+        (["--method", "learnt"], "argument --method: invalid choice: 'learnt'"),
         (["--dry-run", "--save-coefficients", "x"], "--dry-run writes nothing; leave --save-coefficients out"),
         (["--save-coefficients", "no/x"], "no/x: cannot be a file; give --save-coefficients a path in a folder that"),
         (["--save-coefficients", "out"], "out: lies in out, which is written anew; give --save-coefficients another"),
