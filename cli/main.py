@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
-from . import analyze, card, convert, evaluate, export, merge, plan, prune, push, verify
+from . import analyze, card, convert, evaluate, export, merge, overoptimization, plan, prune, push, verify
 
 
-COMMANDS = (plan, convert, verify, analyze, evaluate, merge, export, prune, card, push)
+COMMANDS = (plan, convert, verify, analyze, evaluate, merge, export, prune, overoptimization, card, push)
 
 EPILOG = """\
 examples:
@@ -28,6 +28,7 @@ examples:
   upcycled-moe merge ./moe ./dense --method usage --data text/
   upcycled-moe export ./moe ./native --to auto
   upcycled-moe prune ./moe ./pruned --num-experts 4 --method reap --data text/
+  upcycled-moe overoptimization --samples samples.parquet --gold ./gold --reward-models dense=./rm --output held
   upcycled-moe card ./moe --evaluation scores/results.json --analysis report/report.json
   upcycled-moe push ./moe org/name --dry-run
   upcycled-moe plan ./moe --train run.yaml max_steps=1000 --accelerate fsdp2.yaml --gpu h100

@@ -1,4 +1,4 @@
-"""What happens to gold as reward models are optimised: curves, the drop from their peak, and differences of models.
+"""What happens to gold as a reward model is optimised: its curve, the drop from the peak, differences of two models.
 
 Dimensions: S seeds, P prompts, N responses to each, C numbers of responses to choose from, B resamples of the prompts.
 """

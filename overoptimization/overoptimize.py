@@ -1,0 +1,165 @@
+"""The folder that a measurement writes: the table of samples and scores, then the results and their picture."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..common.checkpoint_names import NamedCheckpoint
+from ..common.checkpoints import check_code
+from ..common.files import replacing, write_text
+from ..common.output_folder import FolderKind, check_output_folder
+from ..common.pictures import INSTALL, can_draw
+from ..common.progress import Progress
+from ..common.provenance import installed_versions
+from .generation import generate_samples, read_prompts, sample_facts
+from .plot import write_plot
+from .results import Results, measure_models
+from .samples import SampleTable, read_samples, table_facts
+from .score_table import TABLE_FILE, ScoreTable
+from .scoring import Scorer
+from .settings import OveroptimizationSettings, PolicySettings
+
+
+RESULTS_FILE = "results.json"
+PICTURE_FILE = "curves.png"
+FORMAT = 1
+
+_FILES = (TABLE_FILE, PICTURE_FILE, RESULTS_FILE)
+MEASUREMENT = FolderKind(
+    "measurement",
+    (RESULTS_FILE, TABLE_FILE),
+    contents=frozenset(_FILES) | {f"{name}.partial" for name in _FILES},
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured, and of what.
+
+    Args:
+        facts: about samples, gold, models, settings and versions; they fit in JSON.
+    """
+
+    results: Results
+    facts: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything; it fits in JSON."""
+        content = self.results.to_dict()
+        models = {name: {**self.facts["models"][name], **model} for name, model in content["models"].items()}
+        return {"format": FORMAT, **self.facts, **content, "models": models}
+
+
+def measure_overoptimization(
+    settings: OveroptimizationSettings, out: Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> Measurement:
+    """Draw samples if asked to, score them by all models, and write what follows to the folder `out`.
+
+    The table grows there score by score. A run that is stopped goes on where it was, and one with other models takes
+    the scores that are there. `results.json` comes last: a folder that has it is finished.
+
+    Args:
+        overwrite: whether `out` may be a finished one.
+
+    Raises:
+        SettingsError: if `out` cannot be written, or samples, gold or a model do not fit.
+    """
+    progress = progress or Progress()
+    is_finished = (out / RESULTS_FILE).exists()
+    check_output_folder(out, 0, _read(settings), overwrite or not is_finished, MEASUREMENT)
+    for checkpoint in _checkpoints(settings):
+        check_code(checkpoint.path, trust_remote_code=settings.trust_remote_code, revision=checkpoint.revision)
+    samples, source = _samples(settings, out, progress)
+    out.mkdir(parents=True, exist_ok=True)
+    if (table_facts(out / TABLE_FILE) or {}).get("sha256") != samples.sha256:
+        # They would stand beside samples that are not theirs.
+        (out / RESULTS_FILE).unlink(missing_ok=True)
+        (out / PICTURE_FILE).unlink(missing_ok=True)
+    table = ScoreTable(samples, out / TABLE_FILE, earlier=[source, out / TABLE_FILE])
+    scorer = Scorer(table, settings, progress)
+    gold = scorer.gold(settings.gold, settings.gold_column)
+    results = measure_models(
+        scorer.models(settings.reward_models, settings.ensembles),
+        gold,
+        baseline=settings.baseline_name,
+        num_resamples=settings.num_resamples,
+        seed=settings.seed,
+    )
+    measurement = Measurement(results, _facts(settings, samples, scorer, gold))
+    _write(measurement, out, progress)
+    return measurement
+
+
+def _samples(settings: OveroptimizationSettings, out: Path, progress: Progress) -> tuple[SampleTable, Path]:
+    """Return the samples, and the file that they were read from if there is one."""
+    if not isinstance(settings.samples, PolicySettings):
+        return read_samples(settings.samples), settings.samples
+    prompts = read_prompts(settings.samples)
+    kept = (table_facts(out / TABLE_FILE) or {}).get("origin", {})
+    if sample_facts(settings.samples, prompts).items() <= kept.items():
+        progress.tell(f"{out / TABLE_FILE}: its samples are taken.")
+        return read_samples(out / TABLE_FILE), out / TABLE_FILE
+    samples = generate_samples(
+        settings.samples,
+        prompts,
+        batch_size=settings.batch_size,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+        progress=progress,
+    )
+    return samples, out / TABLE_FILE
+
+
+def _write(measurement: Measurement, out: Path, progress: Progress) -> None:
+    if can_draw():
+        write_plot(measurement.results, out / PICTURE_FILE)
+    else:
+        progress.warn(f"there is no picture: Matplotlib is not installed ({INSTALL}).")
+    with replacing(out / RESULTS_FILE) as partial:
+        write_text(partial, json.dumps(measurement.to_dict(), indent=2, allow_nan=False) + "\n")
+
+
+def _facts(
+    settings: OveroptimizationSettings, samples: SampleTable, scorer: Scorer, gold: np.ndarray
+) -> dict[str, Any]:
+    num_prompts, num_responses = samples.shape
+    models: dict[str, Any] = {
+        model.name: {"checkpoints": [scorer.source(one) for one in model.checkpoints]}
+        for model in settings.reward_models
+    }
+    models |= {one.name: {"method": one.method, "members": list(one.members)} for one in settings.ensembles}
+    source = {"column": settings.gold_column} if settings.gold is None else scorer.source(settings.gold)
+    return {
+        "samples": {
+            "num_prompts": num_prompts,
+            "num_responses": num_responses,
+            "sha256": samples.sha256,
+            "origin": samples.origin,
+        },
+        "gold": {**source, "mean": float(gold.mean()), "standard_deviation": float(gold.std())},
+        "models": models,
+        "settings": {
+            name: getattr(settings, name) for name in ("max_length", "dtype", "batch_size", "num_resamples", "seed")
+        },
+        "versions": installed_versions(),
+    }
+
+
+def _checkpoints(settings: OveroptimizationSettings) -> Iterator[NamedCheckpoint]:
+    if isinstance(settings.samples, PolicySettings):
+        yield settings.samples.policy
+    if settings.gold is not None:
+        yield settings.gold
+    for model in settings.reward_models:
+        yield from model.checkpoints
+
+
+def _read(settings: OveroptimizationSettings) -> Iterator[Path]:
+    """Yield the files and folders that a measurement reads, but its own table."""
+    for checkpoint in _checkpoints(settings):
+        yield Path(checkpoint.path)
+    yield from map(Path, settings.samples.prompts if isinstance(settings.samples, PolicySettings) else [])
