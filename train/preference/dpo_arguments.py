@@ -1,0 +1,286 @@
+"""Settings of iterative DPO. trl is imported only once settings are built, so that `--help` answers at once."""
+
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
+
+from ...common.settings import SettingsError, check_keys, load_yaml
+from ...preference.settings import PREFERENCE_EXTRA
+from ..arguments import _checked, build_group, parse_command_line
+
+
+if TYPE_CHECKING:
+    from .dpo_training_arguments import DPOTrainingArguments
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class PolicyArguments:
+    """The policy that the rounds begin with, π_0."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata=_help("Folder or Hub id of the checkpoint to start from: MoE or dense.")
+    )
+    model_revision: str | None = field(default=None, metadata=_help("Branch, tag or commit on the Hub."))
+    chat_template: str | None = field(
+        default=None, metadata=_help("File with a chat template, where the tokenizer has none, or another.")
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="float32", metadata=_help("Type of the weights; for mixed precision leave float32 and set bf16=true.")
+    )
+    attn_implementation: str | None = field(default=None, metadata=_help("sdpa, flash_attention_2, eager, ..."))
+    experts_implementation: str | None = field(default=None, metadata=_help("grouped_mm, batched_mm, eager, ..."))
+    router_aux_loss_coef: float | None = field(
+        default=None, metadata=_help("Weight of the load-balancing loss, if not the model's.")
+    )
+    router_z_loss_coef: float | None = field(
+        default=None, metadata=_help("Weight of the router z-loss, if not the model's.")
+    )
+
+
+@dataclass
+class RoundArguments:
+    """Rounds, the reference of each, and the pairs of each."""
+
+    num_rounds: int = field(default=3, metadata=_help("Rounds of DPO, each from the policy of the one before."))
+    reference: Literal["last", "uniform", "ema", "learned"] = field(
+        default="learned",
+        metadata=_help(
+            "What a round's policy is held to: the last policy, or the mean, the moving average, or a learned merge "
+            "of all of them so far."
+        ),
+    )
+    ema_decay: float = field(
+        default=0.5, metadata=_help("For ema: what the reference of the round before counts in the next.")
+    )
+    round_data: Literal["same", "shares", "on_policy"] = field(
+        default="shares",
+        metadata=_help(
+            "Pairs of a round: all, an equal share of them, or the policy's own answers to the prompts of that share."
+        ),
+    )
+
+
+@dataclass
+class PairArguments:
+    """Preference pairs to train on and to measure with."""
+
+    train_data: list[str] = field(
+        default_factory=list, metadata=_help("Files (parquet, jsonl), folders, globs, Hub datasets of pairs.")
+    )
+    eval_data: list[str] = field(default_factory=list, metadata=_help("The same, to measure every policy with."))
+    train_split: str = field(default="train", metadata=_help("Split of a Hub dataset or of a folder's files."))
+    eval_split: str = field(default="test", metadata=_help("The same, for eval_data."))
+    max_train_pairs: int | None = field(default=None, metadata=_help("The first so many of train_data; null for all."))
+    max_eval_pairs: int | None = field(default=None, metadata=_help("The same, of eval_data."))
+    flip_rate: float = field(
+        default=0.0, metadata=_help("Share of training pairs whose answers are exchanged: label noise.")
+    )
+
+
+@dataclass
+class MergeArguments:
+    """How a learned reference is learned."""
+
+    merge_data: list[str] = field(
+        default_factory=list, metadata=_help("Pairs to learn it from; by default merge_share of train_data.")
+    )
+    merge_share: float = field(
+        default=0.1,
+        metadata=_help("Share of train_data that no round trains on, whatever the reference; 0 with merge_data."),
+    )
+    merge_per: Literal["model", "layer"] = field(
+        default="model", metadata=_help("One weight for each policy, or one for each policy in each layer.")
+    )
+    merge_learning_rate: float = field(default=0.1, metadata=_help("Of Adam on the logits of the weights."))
+    merge_max_steps: int = field(default=50, metadata=_help("Optimizer steps of it."))
+    merge_batch_size: int = field(default=8, metadata=_help("Pairs in each of them, on each process."))
+
+
+@dataclass
+class SamplingArguments:
+    """Answers of the policy's own: to train on with round_data=on_policy, and to measure."""
+
+    reward_model: str | None = field(
+        default=None, metadata=_help("Checkpoint that labels the best and the worst answer of a prompt.")
+    )
+    samples_per_prompt: int = field(default=4, metadata=_help("Answers that it chooses from."))
+    temperature: float = field(default=1.0, metadata=_help("Of the softmax when these are drawn."))
+    max_new_tokens: int = field(default=256, metadata=_help("Of an answer."))
+    sampling_batch_size: int = field(default=16, metadata=_help("Answers drawn, or scored, at a time."))
+    eval_samples: int = field(
+        default=0, metadata=_help("Prompts of eval_data that each policy answers, for its divergence from π_0.")
+    )
+    eval_reward_model: str | None = field(
+        default=None, metadata=_help("Checkpoint that scores these answers; another than reward_model.")
+    )
+
+
+@dataclass
+class DPOArguments:
+    """What this recipe sets otherwise than trl's DPOConfig; all of it is for one round."""
+
+    output_dir: str | None = field(default=None, metadata=_help("Folder for the rounds, their policies and figures."))
+    beta: float = field(default=0.1, metadata=_help("What a policy's distance from its reference costs."))
+    max_length: int = field(default=1024, metadata=_help("Tokens of a prompt with an answer; answers are cut."))
+    num_train_epochs: float = field(default=1.0, metadata=_help("Passes over a round's pairs."))
+    max_steps: int = field(default=-1, metadata=_help("Optimizer steps of a round instead, if above zero."))
+    learning_rate: float = field(default=5e-7, metadata=_help("Peak learning rate."))
+    lr_scheduler_type: str = field(default="linear", metadata=_help("Any of Transformers'."))
+    warmup_steps: float = field(default=0.1, metadata=_help("Steps of warm-up; below 1 a share of a round's."))
+    per_device_train_batch_size: int = field(default=4, metadata=_help("Pairs in a process's micro-batch."))
+    per_device_eval_batch_size: int = field(default=16, metadata=_help("Answers scored at a time."))
+    bf16: bool = field(default=False, metadata=_help("Mixed precision."))
+    gradient_checkpointing: bool = field(default=False, metadata=_help("Compute activations twice, store fewer."))
+    logging_steps: float = field(default=10, metadata=_help("Steps from one log to the next."))
+    save_steps: float = field(default=100, metadata=_help("Steps from one checkpoint within a round to the next."))
+    save_total_limit: int | None = field(default=1, metadata=_help("How many of them are kept."))
+    report_to: str | list[str] | None = field(default="none", metadata=_help("tensorboard, wandb, ... or none."))
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata=_help("Every parameter takes part in every step.")
+    )
+
+
+class IterativeDPOArguments(NamedTuple):
+    """All settings of a run, and those that were given."""
+
+    policy: PolicyArguments
+    rounds: RoundArguments
+    pairs: PairArguments
+    merge: MergeArguments
+    sampling: SamplingArguments
+    training: "DPOTrainingArguments"
+    given: dict[str, Any]
+
+
+GROUPS = (PolicyArguments, RoundArguments, PairArguments, MergeArguments, SamplingArguments, DPOArguments)
+
+USAGE = """\
+usage: accelerate launch train/iterative_dpo.py --config FILE.yaml [key=value | --key value | --key=value]...
+
+Trains a policy by rounds of DPO. What is given later wins: defaults, --config, command line. The same command goes on
+with a run that was stopped.
+"""
+
+# Fields of trl's and Transformers' that the rounds set, or that have no meaning here.
+NOT_SETTINGS = frozenset(
+    {
+        "eval_strategy",
+        "eval_steps",
+        "eval_on_start",
+        "load_best_model_at_end",
+        "model_init_kwargs",
+        "padding_free",
+        "precompute_ref_log_probs",
+        "push_to_hub",
+        "ref_model_mixup_alpha",
+        "ref_model_sync_steps",
+        "resume_from_checkpoint",
+        "save_only_model",
+        "sync_ref_model",
+        "truncation_mode",
+        "trust_remote_code",
+        "use_liger_kernel",
+    }
+)
+
+
+def format_help() -> str:
+    """Return the text of `--help`."""
+    lines = [USAGE]
+    for group in GROUPS:
+        lines.append(group.__doc__)
+        for setting in fields(group):
+            default = setting.default_factory() if setting.default is MISSING else setting.default
+            shown = "" if default in (None, []) else f" [{default}]"
+            lines.append(f"  {setting.name:<28} {setting.metadata['help']}{shown}")
+        lines.append("")
+    lines.append("Most fields of trl's DPOConfig, and so of TrainingArguments, are settings too, such as loss_type.")
+    return "\n".join(lines)
+
+
+def parse_arguments(argv: Sequence[str]) -> IterativeDPOArguments:
+    """Return the settings of the command line `argv`, checked.
+
+    Raises:
+        SettingsError: at the first setting that is unknown, of the wrong type, missing, or impossible; or without trl.
+    """
+    try:
+        from .dpo_training_arguments import DPOTrainingArguments
+    except ModuleNotFoundError as error:
+        if error.name != "trl":
+            raise
+        raise SettingsError(f"iterative DPO needs trl, which is not installed: {PREFERENCE_EXTRA}.") from None
+
+    groups = (*GROUPS[:-1], DPOTrainingArguments)
+    types = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+    names = {setting.name for group in groups for setting in fields(group) if setting.init} - NOT_SETTINGS
+    configs, overrides = parse_command_line(argv)
+    given: dict[str, Any] = {}
+    for where, settings in [*((path, load_yaml(path)) for path in configs), ("command line", overrides)]:
+        check_keys(settings, names, where)
+        given.update(settings)
+    given = {name: _checked(name, value, types[name]) for name, value in given.items()}
+    for name in ("model_name_or_path", "output_dir", "train_data", "eval_data"):
+        if not given.get(name):
+            raise SettingsError(f"{name} is missing; give it in the --config file or as {name}=...")
+    try:
+        arguments = IterativeDPOArguments(*(build_group(group, given) for group in groups), given=given)
+    # trl's and Transformers' own checks raise these; to whoever wrote the settings they are all the same.
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise SettingsError(" ".join(str(error).split())) from error
+    check_arguments(arguments)
+    return arguments
+
+
+def check_arguments(arguments: IterativeDPOArguments) -> None:
+    """Check settings that are numbers of something, and those that need each other.
+
+    Raises:
+        SettingsError: at the first that is out of range, missing or without effect.
+    """
+    _, rounds, pairs, merge, sampling, training, given = arguments
+    _check_least(rounds, num_rounds=1)
+    _check_least(pairs, max_train_pairs=1, max_eval_pairs=1)
+    _check_least(merge, merge_max_steps=1, merge_batch_size=1)
+    _check_least(sampling, samples_per_prompt=2, max_new_tokens=1, sampling_batch_size=1, eval_samples=0)
+    _check_least(training, max_length=2, per_device_train_batch_size=1, per_device_eval_batch_size=1)
+    for name, share in {"ema_decay": rounds.ema_decay, "merge_share": merge.merge_share}.items():
+        if not 0 <= share < 1:
+            raise SettingsError(f"{name}={share:g} is outside [0, 1).")
+    if not 0 <= pairs.flip_rate <= 1:
+        raise SettingsError(f"flip_rate={pairs.flip_rate:g} is outside [0, 1].")
+    if sampling.temperature <= 0:
+        raise SettingsError(f"temperature={sampling.temperature:g} must be above zero.")
+    if training.beta <= 0:
+        raise SettingsError(f"beta={training.beta:g} must be above zero.")
+    if "ema_decay" in given and rounds.reference != "ema":
+        raise SettingsError(f"ema_decay has no effect with reference={rounds.reference}; leave it out.")
+    if (rounds.round_data == "on_policy") != (sampling.reward_model is not None):
+        raise SettingsError(
+            "round_data=on_policy and reward_model, which labels the policy's answers, go together; give both or "
+            "neither."
+        )
+    if sampling.eval_reward_model is not None and not sampling.eval_samples:
+        raise SettingsError("eval_reward_model scores answers to eval_samples prompts; give their number too.")
+    if merge.merge_data and merge.merge_share and "merge_share" in given:
+        raise SettingsError("merge_data and merge_share exclude each other; leave one out.")
+    if rounds.reference == "learned" and not merge.merge_data and not merge.merge_share:
+        raise SettingsError("reference=learned needs pairs to learn from; give merge_data, or a merge_share above 0.")
+
+
+def _check_least(group: Any, **least: int) -> None:
+    for name, value in least.items():
+        if (given := getattr(group, name)) is not None and given < value:
+            raise SettingsError(f"{name}={given} must be at least {value}.")
+
+
+def resolved_settings(arguments: IterativeDPOArguments) -> dict[str, Any]:
+    """Return the settings of a run, with the defaults spelt out, as a file that `--config` takes."""
+    settings: dict[str, Any] = {}
+    for group in GROUPS:
+        settings |= asdict(build_group(group, arguments.given))
+    return settings | {"seed": arguments.training.seed} | arguments.given
