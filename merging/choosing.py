@@ -61,7 +61,8 @@ def choose(
 
         return Choice(*measure_coefficients(source, layout, settings.text, progress))
     if settings.method == "learned":
-        from .learning import initial_coefficients, learn_coefficients, read_lesson
+        from .learning import initial_coefficients, learn_coefficients
+        from .lessons import read_lesson
 
         lesson = read_lesson(source, settings.learn)
         initial = initial_coefficients(source, layout, settings.learn, lesson, progress)

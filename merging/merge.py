@@ -126,7 +126,7 @@ def plan_merge(
         )
 
     if save_coefficients is not None:
-        check_saved(save_coefficients, source, settings, out, overwrite)
+        check_saved(save_coefficients, [source], settings, out, overwrite)
     # Whatever the coefficients, the result is of one size.
     check_derived(derived(average_coefficients(layout)), out, files_read(settings), overwrite)
     chosen = choose(source, layout, settings, learn, progress)

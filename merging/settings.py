@@ -11,8 +11,10 @@ from ..preference.settings import FitSettings, PairSettings
 
 
 METHODS = ("average", "usage", "coefficients", "shared", "learned")
-# What has coefficients of its own, and where they start from.
-PARTS = ("layer", "matrix")
+# What has coefficients of its own, of experts and of whole checkpoints, and where they start from.
+EXPERT_PARTS = ("layer", "matrix")
+CHECKPOINT_PARTS = ("model", "layer")
+PARTS = tuple(dict.fromkeys(EXPERT_PARTS + CHECKPOINT_PARTS))
 INITIAL = ("uniform", "usage")
 # λ of `learned`. Source: XFT (arXiv 2404.15247), in its published code; not from UMM-RM, which tells none.
 SHARED_EXPERT_WEIGHT = 0.75
@@ -29,7 +31,8 @@ class LearnSettings:
     Args:
         data: preference pairs, or text for the loss `lm`.
         fit: the loss, and how it is brought down.
-        per: `layer`, one set of coefficients for the matrices of a layer; `matrix`, one for each.
+        per: `layer`, one set of coefficients for the weights of a layer; `matrix`, one for each matrix of experts;
+            `model`, one for all weights of whole checkpoints.
         initial: `uniform`, all experts alike at first; `usage`, by what the routers weight them with on `data`.
         shared_expert_weight: λ of all layers; by default `SHARED_EXPERT_WEIGHT` if there is a shared expert.
         reference: dense language model of the loss `dpo`, a folder or Hub id; by default the merge as it is at first.

@@ -24,13 +24,8 @@ from upcycled_moe.merging import learning
 from upcycled_moe.merging.coefficients import MergeCoefficients, average_coefficients
 from upcycled_moe.merging.layout import expert_layout
 from upcycled_moe.merging.learned_ffns import LEAST_INITIAL_SHARE, LearnedFfns
-from upcycled_moe.merging.learning import (
-    Lesson,
-    dense_model,
-    initial_coefficients,
-    learn_coefficients,
-    read_lesson,
-)
+from upcycled_moe.merging.learning import dense_model, initial_coefficients, learn_coefficients
+from upcycled_moe.merging.lessons import Lesson, read_lesson
 from upcycled_moe.merging.merge import FIT_FILE, FIT_PLOT, LEARNED_COEFFICIENTS, merge, plan_merge
 from upcycled_moe.merging.settings import SHARED_EXPERT_WEIGHT, LearnSettings, MergeSettings
 from upcycled_moe.merging.usage import coefficients_by_usage, measure_coefficients
@@ -394,7 +389,7 @@ def test_what_cannot_be_learned_is_told_before_anything_is(request, tmp_path, mo
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"per": "model"}, "per='model': choose one of layer, matrix"),
+        ({"per": "tensor"}, "per='tensor': choose one of layer, matrix, model"),
         ({"initial": "zero"}, "initial='zero': choose one of uniform, usage"),
         ({"shared_expert_weight": 1.0}, "shared_expert_weight=1.0 is outside [0, 1)"),
         ({"data": TextSettings(["x"])}, "loss='bradley_terry' is computed on preference pairs"),
