@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..checkpoint_source import CheckpointSource
@@ -51,9 +51,10 @@ class CheckpointSeries:
     sources: tuple[CheckpointSource, ...]
 
     @cached_property
-    def names(self) -> tuple[str, ...]:
-        """The names of the tensors; of tied embeddings the head is not one."""
-        return tuple(expected_tensors(self.sources[0].config))
+    def names(self) -> dict[str, bool]:
+        """The names of the tensors, and whether they are parameters; of tied embeddings the head is not one."""
+        expected = expected_tensors(self.sources[0].config)
+        return {name: isinstance(tensor, nn.Parameter) for name, tensor in expected.items()}
 
     def group_names(self, per: str) -> list[str]:
         """Return the names of the groups of weights.
@@ -109,7 +110,7 @@ class CheckpointSeries:
         total = math.fsum(coefficients)
         terms = tuple((c / total, tensor) for c, tensor in zip(coefficients, tensors, strict=True) if c > 0)
         dtype, shape = _widest([tensor.dtype for tensor in tensors]), tensors[0].shape
-        return PlannedTensor(name, dtype, shape, _content(name, dtype, shape, terms))
+        return PlannedTensor(name, dtype, shape, _content(name, dtype, shape, terms), self.names[name])
 
 
 def open_checkpoints(models: Sequence[str]) -> CheckpointSeries:

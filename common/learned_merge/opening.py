@@ -1,5 +1,6 @@
 """Checkpoints of one architecture, as they are opened to be merged."""
 
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from modeling_upcycled_moe import UpcycledQwenMoeConfig
@@ -65,25 +66,25 @@ def open_checkpoint(model: str) -> CheckpointSource:
 
 def _check_tensors(model: str, config: PreTrainedConfig, tensors: dict[str, StoredTensor]) -> None:
     expected = expected_tensors(config)
-    for name, shape in expected.items():
+    for name, tensor in expected.items():
         if name not in tensors:
             raise SourceError(f"{model}: tensor {name!r} is missing; is a shard absent from the index?")
         check_stored(model, tensors[name])
-        if tensors[name].shape != shape:
-            raise SourceError(f"{model}: {name!r} has shape {tensors[name].shape}, the configuration says {shape}.")
+        if tensors[name].shape != tuple(tensor.shape):
+            raise SourceError(
+                f"{model}: {name!r} has shape {tensors[name].shape}, the configuration says {tuple(tensor.shape)}."
+            )
     # A tied head may be stored as well; old checkpoints also stored the rotary frequencies.
     for name in tensors:
         if name not in expected and name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
             raise SourceError(f"{model}: tensor {name!r} has no place in a {config.architectures[0]}.")
 
 
-def expected_tensors(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor of the model, without a head that is the embedding."""
-    state = model_without_weights(config.architectures[0], config, own_code=False).state_dict()
+def expected_tensors(config: PreTrainedConfig) -> dict[str, Tensor]:
+    """Return the parameters and buffers of the model, without contents, and without a head that is the embedding."""
+    state = model_without_weights(config.architectures[0], config, own_code=False).state_dict(keep_vars=True)
     return {
-        name: tuple(tensor.shape)
-        for name, tensor in state.items()
-        if not (name == "lm_head.weight" and config.tie_word_embeddings)
+        name: tensor for name, tensor in state.items() if not (name == "lm_head.weight" and config.tie_word_embeddings)
     }
 
 
