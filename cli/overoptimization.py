@@ -226,14 +226,18 @@ def _table(results: "Results") -> "Table":
 
 
 def _row(model: "ModelResult") -> list[str]:
-    figures, drop = model.figures, model.drop_interval
-    accuracy = figures.pairwise_accuracy
+    from rich.markup import escape
+
+    from ..overoptimization.bootstrap import Interval
+
+    figures, accuracy = model.figures, model.figures.pairwise_accuracy
+    at_end = Interval(model.gold.low[-1], model.gold.high[-1])
     return [
         str(len(model.seeds)),
         f"{figures.gold_at_peak:+.3f}",
         str(figures.peak),
-        f"{figures.gold_at_end:+.3f} [{model.gold.low[-1]:+.3f}, {model.gold.high[-1]:+.3f}]".replace("[", "\\["),
-        f"{figures.drop:.3f} [{drop.low:.3f}, {drop.high:.3f}]".replace("[", "\\["),
+        escape(f"{figures.gold_at_end:+.3f} {at_end}"),
+        escape(f"{figures.drop:.3f} {model.drop_interval}"),
         f"{figures.regret:.3f}",
         f"{figures.goodhart_gap:+.3f}",
         "-" if accuracy is None else f"{accuracy:.1%}",

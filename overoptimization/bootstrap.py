@@ -19,7 +19,7 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.low:+.3f} to {self.high:+.3f}"
+        return f"[{self.low:+.3f}, {self.high:+.3f}]"
 
 
 def resample_weights(num_prompts: int, num_resamples: int, generator: np.random.Generator) -> np.ndarray:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's, but their yellow, which is pale on white: the colour-blind can tell them apart.
 _COLORS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_ORACLE = "gold itself"
 _ORACLE_COLOR = "#8a929e"
 # The second round of colours has dashes.
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)))
@@ -29,18 +30,21 @@ def write_plot(results: Results, path: Path) -> None:
     figure = new_figure(height=5.4, width=11.0)
     left, right = figure.subplots(1, 2, sharex=True)
     _draw_oracle(left, results)
-    for number, (name, model) in enumerate(results.models.items()):
-        _draw(left, results, model.gold, number, name)
+    for number, model in enumerate(results.models.values()):
+        _draw(left, results, model.gold, number)
         _draw(right, results, model.proxy, number)
     _finish(left, results, "Gold: what the choice is worth", "gold, standard deviations over all samples")
     _finish(right, results, "Proxy: what the model that chooses says", "own score, standard deviations")
-    legend = figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    for text in legend.get_texts():
-        text.set_text(_plain(text.get_text()))
+    names = [_ORACLE, *results.models]
+    # Matplotlib leaves those out of a legend that begin with an underscore.
+    legend = figure.legend(left.lines[: len(names)], ["name"] * len(names), loc="outside lower center", ncols=4)
+    legend.set_frame_on(False)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(_plain(name))
     save_png(figure, path)
 
 
-def _draw(axes: "Axes", results: Results, curve: Curve, number: int, name: str | None = None) -> None:
+def _draw(axes: "Axes", results: Results, curve: Curve, number: int) -> None:
     color = _COLORS[number % len(_COLORS)]
     axes.fill_between(results.kl_upper_bounds, curve.low, curve.high, color=color, alpha=0.12, linewidth=0)
     axes.plot(
@@ -51,13 +55,12 @@ def _draw(axes: "Axes", results: Results, curve: Curve, number: int, name: str |
         marker=_MARKERS[number % len(_MARKERS)],
         markersize=4,
         linewidth=1.6,
-        label=name,
     )
 
 
 def _draw_oracle(axes: "Axes", results: Results) -> None:
     values = results.oracle.gold.values
-    axes.plot(results.kl_upper_bounds, values, color=_ORACLE_COLOR, linestyle=":", linewidth=1.6, label="gold itself")
+    axes.plot(results.kl_upper_bounds, values, color=_ORACLE_COLOR, linestyle=":", linewidth=1.6)
 
 
 def _finish(axes: "Axes", results: Results, title: str, label: str) -> None:

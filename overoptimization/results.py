@@ -92,8 +92,8 @@ class Results:
         else:
             outcome = f"is not shown to lose less than {self.baseline}, or more"
         return (
-            f"{name} {outcome}: its drop differs by {drop.value:+.3f} ({drop.interval}), its gold at n = "
-            f"{self.numbers[-1]} by {at_end.value:+.3f} ({at_end.interval})."
+            f"{name} {outcome}: its drop differs by {drop.value:+.3f} {drop.interval}, its gold at n = "
+            f"{self.numbers[-1]} by {at_end.value:+.3f} {at_end.interval}."
         )
 
     def _warnings(self) -> list[str]:
@@ -131,7 +131,7 @@ def _drop(model: ModelResult, last: int) -> str:
     figures = model.figures
     if figures.peak == last:
         return f"gold still rises at n = {last}, to {figures.gold_at_end:+.3f}"
-    return f"gold falls by {figures.drop:.3f} ({model.drop_interval}) from n = {figures.peak} to {last}"
+    return f"gold falls by {figures.drop:.3f} {model.drop_interval} from n = {figures.peak} to {last}"
 
 
 def _model_dict(model: ModelResult) -> dict[str, Any]:

@@ -72,8 +72,8 @@ def read_samples(path: Path) -> SampleTable:
     for name in ("prompt", "responses"):
         if rows and name not in rows[0]:
             raise SettingsError(f"{path}: no column {name!r}; its columns are {', '.join(map(repr, rows[0]))}.")
-    prompts = [as_messages(row["prompt"], f"{path}: row {number}") for number, row in enumerate(rows)]
-    responses = [_responses(row["responses"], f"{path}: row {number}") for number, row in enumerate(rows)]
+    prompts = [as_messages(row.get("prompt"), f"{path}: row {number}") for number, row in enumerate(rows)]
+    responses = [_responses(row.get("responses"), f"{path}: row {number}") for number, row in enumerate(rows)]
     if len(rows) < MIN_PROMPTS:
         raise SettingsError(f"{path}: has {len(rows)} prompts; give {MIN_PROMPTS} at least, better a hundred.")
     for number, texts in enumerate(responses):

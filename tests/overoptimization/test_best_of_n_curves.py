@@ -43,8 +43,8 @@ def test_the_estimator_is_the_mean_over_all_subsets(ties):
 
 def test_it_is_unbiased_for_fresh_draws():
     """The best of 3 of a standard normal has the mean 3 / (2 √π), which the estimator finds from tables of 12."""
-    scores = np.random.default_rng(0).normal(size=(40_000, 12))
-    assert best_of_n(scores, scores, [3]).mean() == pytest.approx(1.5 / math.sqrt(math.pi), abs=0.005)
+    scores = np.random.default_rng(0).normal(size=(10_000, 12))
+    assert best_of_n(scores, scores, [3]).mean() == pytest.approx(1.5 / math.sqrt(math.pi), abs=0.015)
 
 
 def test_the_weights_are_probabilities_of_the_binomials():
