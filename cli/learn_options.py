@@ -27,6 +27,8 @@ _FLAGS = ("loss", "max_pairs", *_LEARN, *_FIT)
 _OF_PASS = ("batch_size", "dtype")
 # The losses that a flag is about, where these are not all.
 _ONLY_FOR = {"max_pairs": ("bradley_terry", "dpo"), "max_length": ("bradley_terry", "dpo"), "beta": ("dpo",)}
+# Preference pairs are few, and one set of coefficients for all weights moves with all of them.
+_PER_OF_CHECKPOINTS = "model"
 _DEFAULTS = {setting.name: setting.default for setting in fields(FitSettings)}
 
 
@@ -39,7 +41,10 @@ def add_learn_options(section: argparse._ArgumentGroup) -> None:
         "of a language model on text",
     )
     section.add_argument(
-        "--per", choices=PARTS, help=f"what has coefficients of its own (default: {LearnSettings.per})"
+        "--per",
+        choices=PARTS,
+        help="what has coefficients of its own: a layer, a matrix of it for experts, or with --with the whole model "
+        f"(default: {LearnSettings.per}, with --with {_PER_OF_CHECKPOINTS})",
     )
     section.add_argument(
         "--initial",
@@ -112,6 +117,8 @@ def learn_settings(options: argparse.Namespace, text: TextSettings, changed: lis
         raise SettingsError(f"{_flag(unused[0])} has no meaning here, only with --loss lm{only}; leave it out.")
     data = text if options.loss == "lm" else PairSettings(text.data, options.split, options.max_pairs)
     fit = FitSettings(options.loss, **{_FIT[flag]: value for flag, value in given.items() if flag in _FIT})
+    if options.others:
+        given.setdefault("per", _PER_OF_CHECKPOINTS)
     return LearnSettings(data, fit, **{name: given[name] for name in _LEARN if name in given})
 
 

@@ -2,24 +2,19 @@
 
 import argparse
 import json
-import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..common.settings import SettingsError
 from ..common.text_settings import CALIBRATION_SPLIT
-from ..merging.settings import METHODS, MergeSettings
+from ..merging.settings import CHECKPOINT_METHODS, METHODS, MergeSettings
 from .derived_options import add_output_options, add_places, max_shard_bytes
 from .learn_options import add_learn_options, learn_settings
 from .text_options import DEFAULTS, PASS_MEMORY_ADVICE, add_pass_options, add_text_options, text_settings
 
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from ..merging.coefficients import MergeCoefficients
-    from ..merging.merge import MergePlan
+    from .console import ConsoleProgress
 
 MEMORY_ADVICE = PASS_MEMORY_ADVICE
 
@@ -43,6 +38,15 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "coefficients: those in a file; shared: the shared expert alone; learned: what brings --loss down on --data "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--with",
+        dest="others",
+        metavar="CKPT",
+        nargs="+",
+        default=[],
+        help="merge CKPT with these whole checkpoints of its architecture, dense or upcycled, instead of its experts; "
+        f"for --method {', '.join(CHECKPOINT_METHODS)}",
+    )
     parser.add_argument("--coefficients", metavar="FILE", type=Path, help="JSON file, for --method coefficients")
     parser.add_argument(
         "--save-coefficients",
@@ -63,17 +67,25 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     settings = _settings(options)
 
-    from ..common.moe_source import open_moe
-    from ..merging.merge import merge, plan_merge
     from .console import ConsoleProgress, quiet_libraries
 
-    shard_bytes, out = max_shard_bytes(options), Path(options.out)
     if options.dry_run and options.save_coefficients is not None:
         raise SettingsError("--dry-run writes nothing; leave --save-coefficients out, or give --json to see them.")
+    shard_bytes = max_shard_bytes(options)
     quiet_libraries()
-    progress = ConsoleProgress()
-    source = open_moe(options.checkpoint, options.revision)
-    places = {"save_coefficients": options.save_coefficients, "overwrite": options.overwrite}
+    merge = _merge_checkpoints if options.others else _merge_experts
+    merge(options, settings, shard_bytes, ConsoleProgress())
+    return 0
+
+
+def _merge_experts(
+    options: argparse.Namespace, settings: MergeSettings, shard_bytes: int, progress: "ConsoleProgress"
+) -> None:
+    from ..common.moe_source import open_moe
+    from ..merging.merge import merge, plan_merge
+    from .merge_results import print_plan
+
+    source, out, places = open_moe(options.checkpoint, options.revision), Path(options.out), _places(options)
     plan = plan_merge(source, settings, out, shard_bytes, **places, learn=not options.dry_run, progress=progress)
     if not options.dry_run:
         merge(plan, out, **places, progress=progress)
@@ -81,7 +93,31 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(plan.to_dict(), indent=2))
     else:
         print_plan(plan, out, options.dry_run)
-    return 0
+
+
+def _merge_checkpoints(
+    options: argparse.Namespace, settings: MergeSettings, shard_bytes: int, progress: "ConsoleProgress"
+) -> None:
+    if options.revision is not None:
+        raise SettingsError("--revision has no meaning with --with; give a folder of that revision, and leave it out.")
+
+    from ..common.learned_merge.checkpoints import open_checkpoints
+    from ..merging.whole import merge_whole, plan_whole
+    from .merge_results import print_whole_plan
+
+    series, out = open_checkpoints([options.checkpoint, *options.others]), Path(options.out)
+    places = _places(options)
+    plan = plan_whole(series, settings, out, shard_bytes, **places, learn=not options.dry_run, progress=progress)
+    if not options.dry_run:
+        merge_whole(plan, out, **places, progress=progress)
+    if options.json:
+        print(json.dumps(plan.to_dict(), indent=2))
+    else:
+        print_whole_plan(plan, out, options.dry_run)
+
+
+def _places(options: argparse.Namespace) -> dict[str, Any]:
+    return {"save_coefficients": options.save_coefficients, "overwrite": options.overwrite}
 
 
 def _settings(options: argparse.Namespace) -> MergeSettings:
@@ -97,60 +133,3 @@ def _settings(options: argparse.Namespace) -> MergeSettings:
     return MergeSettings(
         options.method, options.coefficients, text if options.method == "usage" and text.data else None, learn
     )
-
-
-def print_plan(plan: "MergePlan", out: Path, dry_run: bool) -> None:
-    """Print what was written to `out`, or would be."""
-    from ..common.numbers import format_bytes, format_count
-    from .console import stdout_console
-
-    table = _table(plan)
-    console = stdout_console(table)
-    console.print(table)
-    for line in _evidence(plan):
-        console.print(line, soft_wrap=True, markup=False)
-    console.print(
-        f"{'Would write' if dry_run else 'Wrote'} {out} ({plan.derived.config.architectures[0]}): "
-        f"{format_bytes(plan.derived.num_bytes)}, {format_count(plan.derived.total_parameters)} parameters.",
-        soft_wrap=True,
-        markup=False,
-    )
-
-
-def _evidence(plan: "MergePlan") -> Iterator[str]:
-    """Yield in lines what the coefficients come from."""
-    if (num_tokens := plan.chosen.num_tokens) is not None:
-        yield f"Measured on {sum(num_tokens.values()):,} tokens of {', '.join(num_tokens)}."
-    if (fit := plan.chosen.fit) is not None:
-        unit = "blocks" if fit.settings.loss == "lm" else "pairs"
-        yield f"Learned in {len(fit.steps):,} steps from {fit.num_train:,} {unit}, by {fit.settings.loss}."
-        yield (
-            f"Coefficients moved by up to {fit.largest_move:.3f}, and by up to {fit.largest_relative_move:.0%} of "
-            "what they were."
-        )
-        changes = ", ".join(f"{name} {fit.before[name]:.4f} -> {fit.after[name]:.4f}" for name in fit.after)
-        yield f"On {fit.num_heldout:,} {unit} that were held out: {changes}."
-
-
-def _table(plan: "MergePlan") -> "Table":
-    """Return a table of the coefficients: a row a layer, or a row a matrix in layers where they differ."""
-    from .console import results_table
-
-    shared = plan.coefficients.shared
-    num_experts = plan.derived.source.config.num_experts
-    columns = ["Least", "Most", f"Entropy (at most {math.log(num_experts):.3f})"] + ["Shared expert"] * bool(shared)
-    table = results_table(f"Coefficients: {plan.settings.method}", "Layer", *columns, numbers=columns)
-    for layer_idx, name, values in _rows(plan.coefficients):
-        entropy = math.fsum(value * math.log(1 / value) for value in values if value > 0)
-        figures = [min(values), max(values), entropy] + ([shared[layer_idx]] if shared else [])
-        table.add_row(name, *(f"{figure:.3f}" for figure in figures))
-    return table
-
-
-def _rows(coefficients: "MergeCoefficients") -> Iterator[tuple[int, str, tuple[float, ...]]]:
-    """Yield the layer, what to call the row, and its coefficients."""
-    for layer_idx, matrices in coefficients.layers.items():
-        if len(set(matrices.values())) == 1:
-            yield layer_idx, str(layer_idx), next(iter(matrices.values()))
-        else:
-            yield from ((layer_idx, f"{layer_idx} {matrix}", values) for matrix, values in matrices.items())

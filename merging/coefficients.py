@@ -84,10 +84,8 @@ def load_coefficients(
     Raises:
         SettingsError: if it cannot be read, or is not exactly that.
     """
-    raw = _read(path)
+    raw = read_object(path)
     check_keys(raw, _KEYS, str(path))
-    if raw.get("format") != COEFFICIENTS_FORMAT:
-        raise SettingsError(f"{path}: format is {raw.get('format')!r}; this version reads {COEFFICIENTS_FORMAT}.")
     layers = {
         layer: _matrices(values, num_experts, f"{path}: layer {layer}")
         for layer, values in _by_layer(raw.get("layers"), moe_layers, f"{path}: layers").items()
@@ -102,6 +100,18 @@ def load_coefficients(
     )
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Return what the file of coefficients `path` holds.
+
+    Raises:
+        SettingsError: if it cannot be read, is no JSON object, or is of another format.
+    """
+    raw = _read(path)
+    if raw.get("format") != COEFFICIENTS_FORMAT:
+        raise SettingsError(f"{path}: format is {raw.get('format')!r}; this version reads {COEFFICIENTS_FORMAT}.")
+    return raw
+
+
 def check_coefficients_file(path: Path) -> None:
     """Check that `path` is a file of coefficients, of whatever model, so that others may take its place.
 
@@ -109,10 +119,10 @@ def check_coefficients_file(path: Path) -> None:
         SettingsError: if it is not.
     """
     try:
-        is_ours = {"format", "layers"} <= _read(path).keys() <= _KEYS
+        keys = _read(path).keys()
     except SettingsError:
-        is_ours = False
-    if not is_ours:
+        keys = set()
+    if not ({"format", "layers"} <= keys <= _KEYS or keys == {"format", "groups"}):
         raise SettingsError(
             f"{path}: holds no coefficients, so --overwrite does not replace it; give --save-coefficients another "
             "file."

@@ -1,15 +1,13 @@
 """The merge: a Mixture-of-Experts checkpoint goes in, a dense one comes out."""
 
-import json
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..common.derived_checkpoint import DerivedCheckpoint, check_derived, written
-from ..common.files import replacing, write_text
+from ..common.files import replacing
 from ..common.moe_source import MoeSource
-from ..common.pictures import INSTALL, can_draw
 from ..common.progress import Progress
 from ..common.provenance import with_step, write_provenance
 from ..common.streaming.planned import into_shards
@@ -18,15 +16,10 @@ from .choosing import Choice, check_method, choose, warn_of_average
 from .coefficients import MergeCoefficients, average_coefficients
 from .config import dense_config
 from .layout import expert_layout
+from .learned_files import LEARNED_COEFFICIENTS, learning_facts, write_fit
 from .saved import check_saved, files_read
 from .settings import MergeSettings
 from .tensors import dense_tensors
-
-
-# Beside learned weights: what `--coefficients` takes, the steps that led there, and a picture of them.
-LEARNED_COEFFICIENTS = "merge_coefficients.json"
-FIT_FILE = "merge_fit.json"
-FIT_PLOT = "merge_fit.png"
 
 
 @dataclass(frozen=True)
@@ -73,23 +66,9 @@ class MergePlan:
             "coefficients": self.coefficients.to_dict(),
         }
         if self.settings.text is not None:
-            settled["text"] = _with_list(asdict(self.settings.text))
+            settled["text"] = {**asdict(self.settings.text), "data": list(self.settings.text.data)}
             settled["num_tokens"] = self.chosen.num_tokens
-        if self.settings.learn is not None:
-            learn = asdict(self.settings.learn)
-            settled["learn"] = learn | {"data": _with_list(learn["data"])}
-        if self.chosen.fit is not None:
-            # The settings stand above, and the coefficients beside the weights step by step.
-            settled["fit"] = {
-                name: value
-                for name, value in self.chosen.fit.to_dict().items()
-                if name not in ("settings", "initial", "final", "steps")
-            }
-        return settled
-
-
-def _with_list(data: dict[str, Any]) -> dict[str, Any]:
-    return data | {"data": list(data["data"])}
+        return settled | learning_facts(self.settings.learn, self.chosen.fit)
 
 
 def plan_merge(
@@ -160,18 +139,7 @@ def merge(
             plan.coefficients.save(stack.enter_context(replacing(save_coefficients)))
         folder = stack.enter_context(written(plan.derived, out, overwrite, progress))
         if plan.chosen.fit is not None:
-            _write_learned(plan, folder, progress)
+            plan.coefficients.save(folder / LEARNED_COEFFICIENTS)
+            write_fit(plan.chosen.fit, folder, progress)
         write_provenance(folder, plan.provenance())
         write_card(folder, plan.derived.source.folder)
-
-
-def _write_learned(plan: MergePlan, folder: Path, progress: Progress) -> None:
-    plan.coefficients.save(folder / LEARNED_COEFFICIENTS)
-    write_text(folder / FIT_FILE, json.dumps(plan.chosen.fit.to_dict(), indent=2) + "\n")
-    if not can_draw():
-        progress.warn(f"No picture of how the coefficients moved: Matplotlib is missing; {INSTALL}.")
-        return
-    # Imported here, as only this method draws.
-    from ..preference.fit_plot import plot_fit
-
-    plot_fit(plan.chosen.fit, folder / FIT_PLOT)

@@ -11,6 +11,8 @@ from ..preference.settings import FitSettings, PairSettings
 
 
 METHODS = ("average", "usage", "coefficients", "shared", "learned")
+# Of whole checkpoints, which no router tells from each other.
+CHECKPOINT_METHODS = ("average", "coefficients", "learned")
 # What has coefficients of its own, of experts and of whole checkpoints, and where they start from.
 EXPERT_PARTS = ("layer", "matrix")
 CHECKPOINT_PARTS = ("model", "layer")

@@ -150,6 +150,7 @@ COMMANDS = {
         "-h",
         "--help",
         "--method",
+        "--with",
         "--coefficients",
         "--save-coefficients",
         "--revision",

@@ -24,9 +24,10 @@ from upcycled_moe.merging import learning
 from upcycled_moe.merging.coefficients import MergeCoefficients, average_coefficients
 from upcycled_moe.merging.layout import expert_layout
 from upcycled_moe.merging.learned_ffns import LEAST_INITIAL_SHARE, LearnedFfns
+from upcycled_moe.merging.learned_files import FIT_FILE, FIT_PLOT, LEARNED_COEFFICIENTS
 from upcycled_moe.merging.learning import dense_model, initial_coefficients, learn_coefficients
 from upcycled_moe.merging.lessons import Lesson, read_lesson
-from upcycled_moe.merging.merge import FIT_FILE, FIT_PLOT, LEARNED_COEFFICIENTS, merge, plan_merge
+from upcycled_moe.merging.merge import merge, plan_merge
 from upcycled_moe.merging.settings import SHARED_EXPERT_WEIGHT, LearnSettings, MergeSettings
 from upcycled_moe.merging.usage import coefficients_by_usage, measure_coefficients
 from upcycled_moe.preference.settings import FitSettings, PairSettings
