@@ -22,7 +22,7 @@ def _help(text: str) -> dict[str, str]:
 
 
 @dataclass
-class ModelArguments:
+class CheckpointArguments:
     """Which model is trained, and what of its configuration changes."""
 
     model_name_or_path: str | None = field(
@@ -42,10 +42,6 @@ class ModelArguments:
     router_dtype: Literal["float32", "model"] | None = field(
         default=None,
         metadata=_help("Type of routers and what they compute: float32 for upcycled models, or that of the model."),
-    )
-    loss_chunk_tokens: int | None = field(
-        default=None,
-        metadata=_help("Tokens whose logits are held at a time: 1024 for upcycled models; 0 holds those of all."),
     )
     router_aux_loss_coef: float | None = field(
         default=None, metadata=_help("Weight of the load-balancing loss, if not the model's.")
@@ -67,6 +63,16 @@ class ModelArguments:
     )
     router_jitter_noise: float | None = field(
         default=None, metadata=_help("Noise on the router's input, if not the model's.")
+    )
+
+
+@dataclass
+class ModelArguments(CheckpointArguments):
+    """Which model is trained, and what of its configuration changes."""
+
+    loss_chunk_tokens: int | None = field(
+        default=None,
+        metadata=_help("Tokens whose logits are held at a time: 1024 for upcycled models; 0 holds those of all."),
     )
 
 
@@ -226,15 +232,21 @@ Trains a MoE or dense checkpoint on streamed text. What is given later wins: def
 
 def format_help() -> str:
     """Return the text of `--help`."""
-    lines = [USAGE]
-    for group in GROUPS:
+    ending = "Every other field of transformers.TrainingArguments is a setting too, such as bf16 or save_steps."
+    return help_text(USAGE, GROUPS, ending)
+
+
+def help_text(usage: str, groups: Sequence[type], ending: str) -> str:
+    """Return a text of `--help`: `usage`, what the settings of `groups` are, and `ending`."""
+    lines = [usage]
+    for group in groups:
         lines.append(group.__doc__)
         for setting in fields(group):
             default = setting.default_factory() if setting.default is MISSING else setting.default
             shown = "" if default in (None, []) else f" [{default}]"
             lines.append(f"  {setting.name:<28} {setting.metadata['help']}{shown}")
         lines.append("")
-    lines.append("Every other field of transformers.TrainingArguments is a setting too, such as bf16 or save_steps.")
+    lines.append(ending)
     return "\n".join(lines)
 
 
@@ -291,8 +303,17 @@ def parse_settings(argv: Sequence[str]) -> dict[str, Any]:
     Raises:
         SettingsError: at the first setting that is unknown or of the wrong type.
     """
+    return read_settings(argv, _setting_types())
+
+
+def read_settings(argv: Sequence[str], types: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the command line `argv` and the files that it names set, of the settings that have `types`.
+
+    Raises:
+        SettingsError: at the first setting that is unknown or of the wrong type.
+    """
     configs, overrides = parse_command_line(argv)
-    types, settings = _setting_types(), {}
+    settings: dict[str, Any] = {}
     for where, given in [*((path, load_yaml(path)) for path in configs), ("command line", overrides)]:
         check_keys(given, types, where)
         settings.update(given)
@@ -302,7 +323,11 @@ def parse_settings(argv: Sequence[str]) -> dict[str, Any]:
 def _setting_types() -> dict[str, Any]:
     from .training_arguments import UpcyclingTrainingArguments
 
-    groups = (ModelArguments, DataArguments, UpcyclingTrainingArguments)
+    return setting_types((ModelArguments, DataArguments, UpcyclingTrainingArguments))
+
+
+def setting_types(groups: Sequence[type]) -> dict[str, Any]:
+    """Return the type of each setting of `groups`."""
     names = {setting.name for group in groups for setting in fields(group) if setting.init}
     types = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
     return {name: types[name] for name in names}

@@ -23,7 +23,7 @@ import modeling_upcycled_moe  # noqa: F401 (registers the classes, so that no re
 
 from ..common.settings import SettingsError
 from ..model_cards.card import CARD_FILE
-from .arguments import ModelArguments
+from .arguments import CheckpointArguments, ModelArguments
 
 
 # What the checkpoint to start from says of its origin and terms.
@@ -41,15 +41,15 @@ CONFIG_FIELDS = (
 LOSS_CHUNK_TOKENS = 1024
 
 
-def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_args: CheckpointArguments) -> PreTrainedTokenizerBase:
     """Return the tokenizer of the checkpoint, or that of `tokenizer_name`.
 
     Raises:
         SettingsError: if there is none.
     """
     if model_args.tokenizer_name is not None:
-        return _load("tokenizer_name", model_args.tokenizer_name, AutoTokenizer.from_pretrained)
-    return _load(
+        return load("tokenizer_name", model_args.tokenizer_name, AutoTokenizer.from_pretrained)
+    return load(
         "model_name_or_path",
         model_args.model_name_or_path,
         AutoTokenizer.from_pretrained,
@@ -76,16 +76,7 @@ def load_model(
     """
     name = model_args.model_name_or_path
     source = {"revision": model_args.model_revision, "trust_remote_code": False}
-    config = _load("model_name_or_path", name, AutoConfig.from_pretrained, **source)
-    for field in CONFIG_FIELDS:
-        if (value := getattr(model_args, field)) is None:
-            continue
-        if not hasattr(config, field):
-            raise SettingsError(
-                f"{field}={value}, but {name} is a {config.model_type} model without it; leave it out."
-            )
-        setattr(config, field, value)
-    _set_router_dtype(config, model_args)
+    config = load_config(model_args)
     if len(tokenizer) > config.vocab_size:
         raise SettingsError(
             f"The tokenizer has {len(tokenizer)} tokens, but {name} has vocab_size={config.vocab_size}; "
@@ -100,12 +91,7 @@ def load_model(
             f"block_size={block_size} exceeds max_position_embeddings={config.max_position_embeddings} of {name}; "
             "lower it."
         )
-    implementations = {
-        field: getattr(model_args, field)
-        for field in ("attn_implementation", "experts_implementation")
-        if getattr(model_args, field) is not None
-    }
-    model = _load(
+    model = load(
         "model_name_or_path",
         weights or name,
         AutoModelForCausalLM.from_pretrained,
@@ -113,7 +99,7 @@ def load_model(
         dtype=model_args.dtype,
         distributed_config=distributed_config,
         **source,
-        **implementations,
+        **chosen_implementations(model_args),
     )
     # Packed blocks have no padding, and Qwen's tokenizers pad with the end-of-text token, which is to be learned.
     model.get_input_embeddings().padding_idx = None
@@ -123,7 +109,37 @@ def load_model(
     return model
 
 
-def _set_router_dtype(config: PreTrainedConfig, model_args: ModelArguments) -> None:
+def load_config(model_args: CheckpointArguments) -> PreTrainedConfig:
+    """Return the checkpoint's configuration, changed as `model_args` ask.
+
+    Raises:
+        SettingsError: if it cannot be loaded, or has no such field.
+    """
+    name = model_args.model_name_or_path
+    source = {"revision": model_args.model_revision, "trust_remote_code": False}
+    config = load("model_name_or_path", name, AutoConfig.from_pretrained, **source)
+    for field in CONFIG_FIELDS:
+        if (value := getattr(model_args, field)) is None:
+            continue
+        if not hasattr(config, field):
+            raise SettingsError(
+                f"{field}={value}, but {name} is a {config.model_type} model without it; leave it out."
+            )
+        setattr(config, field, value)
+    _set_router_dtype(config, model_args)
+    return config
+
+
+def chosen_implementations(model_args: CheckpointArguments) -> dict[str, str]:
+    """Return which attention and experts `model_args` ask for."""
+    return {
+        field: getattr(model_args, field)
+        for field in ("attn_implementation", "experts_implementation")
+        if getattr(model_args, field) is not None
+    }
+
+
+def _set_router_dtype(config: PreTrainedConfig, model_args: CheckpointArguments) -> None:
     if hasattr(config, "router_dtype"):
         config.router_dtype = None if model_args.router_dtype == "model" else "float32"
     elif model_args.router_dtype == "float32":
@@ -175,9 +191,14 @@ def _set_loss_chunk_tokens(model: PreTrainedModel, num_tokens: int | None) -> No
         )
 
 
-def _load(setting: str, name: str, load: Callable[..., Any], **options: Any) -> Any:
+def load(setting: str, name: str, load_from: Callable[..., Any], **options: Any) -> Any:
+    """Return what `load_from` makes of the checkpoint `name`.
+
+    Raises:
+        SettingsError: if it cannot; the message names the `setting` that gave the checkpoint.
+    """
     try:
-        return load(name, **options)
+        return load_from(name, **options)
     except StrictDataclassError as error:
         raise SettingsError(f"{setting}={name}: {error.__cause__ or error}") from error
     # What Transformers raises for a missing or impossible checkpoint, configuration or implementation.
@@ -197,7 +218,7 @@ def risks_of(config: Any) -> list[str]:
     return []
 
 
-def carry_files(model_args: ModelArguments, output_dir: str) -> Path:
+def carry_files(model_args: CheckpointArguments, output_dir: str) -> Path:
     """Copy origin and licence of the checkpoint to start from into `output_dir`; return its folder, with its card."""
     source = Path(model_args.model_name_or_path)
     if not source.is_dir():
