@@ -15,9 +15,12 @@ from .fit_record import FitRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
 
 # More groups than these would be too small to read.
 MAX_PANELS = 16
+# More sources have no colours that tell them apart.
+MAX_LEGEND = 10
 _NUM_COLUMNS = 4
 
 
@@ -35,17 +38,25 @@ def plot_fit(record: FitRecord, path: Path) -> None:
     num_rows = math.ceil(len(groups) / num_columns)
     figure = new_figure(height=2.4 + 1.9 * num_rows)
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.9 * num_rows, 2.4])
-    panels = top.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False).flat
+    panels = list(top.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False).flat)
     for panel, name in zip(panels, groups, strict=False):
         _draw_group(panel, record, name)
-    for panel in list(panels)[len(groups) :]:
+    for panel in panels[len(groups) :]:
         panel.set_visible(False)
+    for panel in panels[max(0, len(groups) - num_columns) : len(groups)]:
+        panel.tick_params(labelbottom=True)
+    # The axes are shared, and one call is for all of them.
+    panels[0].set_ylim(0, None)
+    panels[0].xaxis.get_major_locator().set_params(integer=True)
     left_out = f" ({len(groups)} of {len(record.initial)} groups)" * (len(groups) < len(record.initial))
-    top.suptitle(f"Coefficients by optimizer step{left_out}", fontsize="medium")
     handles, labels = panels[0].get_legend_handles_labels()
-    if len(handles) <= 10:
+    if len(handles) <= MAX_LEGEND:
         top.legend(handles, labels, title="source", frameon=False, fontsize="small", loc="outside right upper")
-    _draw_loss(bottom.subplots(), record)
+        colors = ""
+    else:
+        colors = f"; sources from 0 (dark) to {labels[-1]} (light)"
+    top.suptitle(f"Coefficients by optimizer step{left_out}{colors}", fontsize="medium")
+    _draw_loss(bottom, record)
     save_png(figure, path)
 
 
@@ -60,38 +71,33 @@ def _draw_group(axes: "Axes", record: FitRecord, name: str) -> None:
 
     lines = np.array([record.initial[name], *(step.coefficients[name] for step in record.steps)])  # [N + 1, K]
     num_sources = lines.shape[1]
-    colors = colormaps["tab10"].colors if num_sources <= 10 else colormaps["viridis"](np.linspace(0, 1, num_sources))
+    colors = (
+        colormaps["tab10"].colors
+        if num_sources <= MAX_LEGEND
+        else colormaps["viridis"](np.linspace(0, 1, num_sources))
+    )
     for source in range(num_sources):
         axes.plot(lines[:, source], color=colors[source], linewidth=1.2, label=str(source))
     axes.set_title(name, loc="left", fontsize="small")
-    axes.set_ylim(0, None)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize="small")
 
 
-def _draw_loss(axes: "Axes", record: FitRecord) -> None:
-    steps = np.arange(1, len(record.steps) + 1)
-    axes.plot(steps, [step.loss for step in record.steps], color="#1f77b4", linewidth=1, label="training loss")
-    axes.scatter(
-        [0, steps[-1]],
-        [record.before["loss"], record.after["loss"]],
-        color="black",
-        zorder=3,
-        s=18,
-        label="held-out loss",
-    )
-    axes.set(xlabel="optimizer steps", ylabel="loss")
+def _draw_loss(figure: "SubFigure", record: FitRecord) -> None:
+    axes = figure.subplots()
     other = axes.twinx()
-    other.plot(
-        steps, [step.gradient_norm for step in record.steps], color="#bbbbbb", linewidth=1, label="gradient norm"
-    )
-    other.set_yscale("log")
-    other.set_ylabel("gradient norm of the logits")
+    steps = np.arange(1, len(record.steps) + 1)
+    norms = [step.gradient_norm for step in record.steps]
+    other.plot(steps, norms, color="#bbbbbb", linewidth=1, label="gradient norm")
+    axes.plot(steps, [step.loss for step in record.steps], color="#1f77b4", linewidth=1.2, label="training loss")
+    ends = [record.before["loss"], record.after["loss"]]
+    axes.scatter([0, steps[-1]], ends, color="black", zorder=3, s=18, label="held-out loss")
+    axes.set(xlabel="optimizer steps", ylabel="loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    other.set(ylabel="gradient norm", ylim=(0, None))
+    # The loss lies before the norm.
     axes.set_zorder(other.get_zorder() + 1)
     axes.patch.set_visible(False)
-    handles, labels = (
-        first + second for first, second in zip(*(a.get_legend_handles_labels() for a in (axes, other)), strict=True)
-    )
-    axes.legend(handles, labels, frameon=False, fontsize="small", loc="upper right")
     for each in (axes, other):
         each.spines["top"].set_visible(False)
+    figure.legend(frameon=False, fontsize="small", loc="outside upper right", ncols=3)

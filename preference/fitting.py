@@ -17,6 +17,7 @@ from ..common.settings import SettingsError
 from .fit_record import LEAST_MOVE, FitRecord, FitStep
 from .fit_trainers import make_trainer, same_afterwards, silent
 from .settings import FitSettings
+from .template import set_chat_template, set_padding, tokenize_pairs
 
 
 # What the trainers call the share of held-out pairs whose chosen answer scores higher.
@@ -40,7 +41,7 @@ def fit_coefficients(
     Args:
         model: the one that `merge` writes to: a reward model with one output for `bradley_terry`, else a language
             model. Its configuration gets the padding token of the tokenizer.
-        tokenizer: with a chat template; None for `lm`.
+        tokenizer: with a chat template; None for `lm`. It is given a padding token that will do; see [`set_padding`].
         data: what `read_pairs` returns, or for `lm` blocks of text of one length, as `input_ids`.
         reference: of `dpo`; by default the merge as it is now. Its log-probabilities are computed before the first
             step.
@@ -53,8 +54,8 @@ def fit_coefficients(
         (arXiv 2605.23398); settings and optimizer are our reading.
     """
     progress = progress or Progress()
-    _check(model, tokenizer, settings)
-    training, heldout = _split(data, settings)
+    _check(model, settings)
+    training, heldout = split(_prepared(data, model, tokenizer, settings, progress), settings)
     optimizer = merge.attached(torch.optim.Adam(merge.parameters(), lr=settings.learning_rate))
     initial = merge.values()
     with (
@@ -64,7 +65,9 @@ def fit_coefficients(
         TemporaryDirectory() as folder,
         progress.task("Learning coefficients", settings.max_steps, "steps") as advance,
     ):
-        trainer = make_trainer(model, tokenizer, training, heldout, settings, optimizer, reference, Path(folder))
+        trainer = make_trainer(
+            model, tokenizer, training, heldout, settings, optimizer, reference, Path(folder), progress
+        )
         observer = _Observer(merge, advance)
         trainer.add_callback(observer)
         before = _measured(trainer, settings.loss)
@@ -101,23 +104,12 @@ class _Observer(TrainerCallback):
             self._advance(1)
 
 
-def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, settings: FitSettings) -> None:
-    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
-    if (settings.loss == "bradley_terry") != is_classifier or (is_classifier and model.config.num_labels != 1):
-        labels = f" with num_labels={model.config.num_labels}" * is_classifier
-        raise SettingsError(
-            f"loss={settings.loss!r} cannot train a {type(model).__name__}{labels}; bradley_terry takes a reward "
-            "model (…ForSequenceClassification with num_labels=1), lm and dpo a language model."
-        )
-    if settings.loss != "lm" and (tokenizer is None or tokenizer.chat_template is None):
-        raise SettingsError(
-            f"loss={settings.loss!r} reads conversations, and the tokenizer has no chat template; put one beside the "
-            "weights (chat_template.jinja)."
-        )
+def split(data: Dataset, settings: FitSettings) -> tuple[Dataset, Dataset]:
+    """Return what is learned from, and what is held out: a share of all, at random.
 
-
-def _split(data: Dataset, settings: FitSettings) -> tuple[Dataset, Dataset]:
-    """Return what is learned from, and what is held out: a share of all, at random."""
+    Raises:
+        SettingsError: if one of them would be empty.
+    """
     num_heldout = round(settings.holdout * len(data))
     if not 0 < num_heldout < len(data):
         raise SettingsError(
@@ -126,6 +118,33 @@ def _split(data: Dataset, settings: FitSettings) -> tuple[Dataset, Dataset]:
         )
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     return data.select(order[num_heldout:]), data.select(order[:num_heldout])
+
+
+def _prepared(
+    data: Dataset,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: FitSettings,
+    progress: Progress,
+) -> Dataset:
+    """Return `data` as the trainer takes it: trl's for DPO has ways of its own to make tokens of pairs."""
+    if settings.loss == "lm":
+        return data
+    set_chat_template(tokenizer, None, "The merge")
+    if settings.loss == "dpo":
+        return data
+    set_padding(tokenizer, model, "The merge")
+    return tokenize_pairs(data, tokenizer, settings.max_length, "The pairs", progress).rows
+
+
+def _check(model: PreTrainedModel, settings: FitSettings) -> None:
+    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+    if (settings.loss == "bradley_terry") != is_classifier or (is_classifier and model.config.num_labels != 1):
+        labels = f" with num_labels={model.config.num_labels}" * is_classifier
+        raise SettingsError(
+            f"loss={settings.loss!r} cannot train a {type(model).__name__}{labels}; bradley_terry takes a reward "
+            "model (…ForSequenceClassification with num_labels=1), lm and dpo a language model."
+        )
 
 
 def _measured(trainer: Trainer, loss: str) -> dict[str, float]:

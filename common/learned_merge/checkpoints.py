@@ -51,8 +51,8 @@ class CheckpointSeries:
     sources: tuple[CheckpointSource, ...]
 
     @cached_property
-    def names(self) -> dict[str, bool]:
-        """The names of the tensors, and whether they are parameters; of tied embeddings the head is not one."""
+    def _is_parameter(self) -> dict[str, bool]:
+        """By the name of each tensor; of tied embeddings the head is not one."""
         expected = expected_tensors(self.sources[0].config)
         return {name: isinstance(tensor, nn.Parameter) for name, tensor in expected.items()}
 
@@ -62,7 +62,7 @@ class CheckpointSeries:
         Args:
             per: `model`, all weights in one, or `layer`, those of each decoder layer and all others.
         """
-        return list(dict.fromkeys(_group_of(name, per) for name in self.names))
+        return list(dict.fromkeys(_group_of(name, per) for name in self._is_parameter))
 
     def groups(self, initial: Sequence[float], per: str = "model") -> list[BlendGroup]:
         """Return the weights in groups whose coefficients can be learned.
@@ -73,7 +73,7 @@ class CheckpointSeries:
         """
         _check_length("initial coefficients", initial, self)
         members: dict[str, list[Blend]] = {name: [] for name in self.group_names(per)}
-        for name in self.names:
+        for name in self._is_parameter:
             if math.prod(self.sources[0].tensors[name].shape):
                 sources = tuple(StoredSource(source.tensors[name]) for source in self.sources)
                 members[_group_of(name, per)].append(Blend(name, sources))
@@ -94,7 +94,7 @@ class CheckpointSeries:
         """
         per = "model" if set(coefficients) == {"model"} else "layer"
         _check_coefficients(coefficients, self, per)
-        planned = [self._merged(name, tuple(coefficients[_group_of(name, per)])) for name in self.names]
+        planned = [self._merged(name, tuple(coefficients[_group_of(name, per)])) for name in self._is_parameter]
         shards = into_shards(sorted(planned, key=file_order), max_shard_bytes)
         return DerivedCheckpoint(self.sources[0], self._config(), shards)
 
@@ -110,7 +110,7 @@ class CheckpointSeries:
         total = math.fsum(coefficients)
         terms = tuple((c / total, tensor) for c, tensor in zip(coefficients, tensors, strict=True) if c > 0)
         dtype, shape = _widest([tensor.dtype for tensor in tensors]), tensors[0].shape
-        return PlannedTensor(name, dtype, shape, _content(name, dtype, shape, terms), self.names[name])
+        return PlannedTensor(name, dtype, shape, _content(name, dtype, shape, terms), self._is_parameter[name])
 
 
 def open_checkpoints(models: Sequence[str]) -> CheckpointSeries:
