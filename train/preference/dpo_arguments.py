@@ -1,12 +1,12 @@
 """Settings of iterative DPO. trl is imported only once settings are built, so that `--help` answers at once."""
 
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ...common.settings import SettingsError, check_keys, load_yaml
+from ...common.settings import SettingsError
 from ...preference.settings import PREFERENCE_EXTRA
-from ..arguments import _checked, build_group, parse_command_line
+from ..arguments import CheckpointArguments, build_group, help_text, read_settings, setting_types
 
 
 if TYPE_CHECKING:
@@ -18,26 +18,11 @@ def _help(text: str) -> dict[str, str]:
 
 
 @dataclass
-class PolicyArguments:
+class PolicyArguments(CheckpointArguments):
     """The policy that the rounds begin with, π_0."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata=_help("Folder or Hub id of the checkpoint to start from: MoE or dense.")
-    )
-    model_revision: str | None = field(default=None, metadata=_help("Branch, tag or commit on the Hub."))
     chat_template: str | None = field(
-        default=None, metadata=_help("File with a chat template, where the tokenizer has none, or another.")
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="float32", metadata=_help("Type of the weights; for mixed precision leave float32 and set bf16=true.")
-    )
-    attn_implementation: str | None = field(default=None, metadata=_help("sdpa, flash_attention_2, eager, ..."))
-    experts_implementation: str | None = field(default=None, metadata=_help("grouped_mm, batched_mm, eager, ..."))
-    router_aux_loss_coef: float | None = field(
-        default=None, metadata=_help("Weight of the load-balancing loss, if not the model's.")
-    )
-    router_z_loss_coef: float | None = field(
-        default=None, metadata=_help("Weight of the router z-loss, if not the model's.")
+        default=None, metadata=_help("File with one, or chatml, where the tokenizer has none, or another.")
     )
 
 
@@ -190,16 +175,8 @@ NOT_SETTINGS = frozenset(
 
 def format_help() -> str:
     """Return the text of `--help`."""
-    lines = [USAGE]
-    for group in GROUPS:
-        lines.append(group.__doc__)
-        for setting in fields(group):
-            default = setting.default_factory() if setting.default is MISSING else setting.default
-            shown = "" if default in (None, []) else f" [{default}]"
-            lines.append(f"  {setting.name:<28} {setting.metadata['help']}{shown}")
-        lines.append("")
-    lines.append("Most fields of trl's DPOConfig, and so of TrainingArguments, are settings too, such as loss_type.")
-    return "\n".join(lines)
+    ending = "Most fields of trl's DPOConfig, and so of TrainingArguments, are settings too, such as loss_type."
+    return help_text(USAGE, GROUPS, ending)
 
 
 def parse_arguments(argv: Sequence[str]) -> IterativeDPOArguments:
@@ -216,14 +193,8 @@ def parse_arguments(argv: Sequence[str]) -> IterativeDPOArguments:
         raise SettingsError(f"iterative DPO needs trl, which is not installed: {PREFERENCE_EXTRA}.") from None
 
     groups = (*GROUPS[:-1], DPOTrainingArguments)
-    types = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
-    names = {setting.name for group in groups for setting in fields(group) if setting.init} - NOT_SETTINGS
-    configs, overrides = parse_command_line(argv)
-    given: dict[str, Any] = {}
-    for where, settings in [*((path, load_yaml(path)) for path in configs), ("command line", overrides)]:
-        check_keys(settings, names, where)
-        given.update(settings)
-    given = {name: _checked(name, value, types[name]) for name, value in given.items()}
+    types = {name: hint for name, hint in setting_types(groups).items() if name not in NOT_SETTINGS}
+    given = read_settings(argv, types)
     for name in ("model_name_or_path", "output_dir", "train_data", "eval_data"):
         if not given.get(name):
             raise SettingsError(f"{name} is missing; give it in the --config file or as {name}=...")

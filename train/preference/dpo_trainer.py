@@ -4,7 +4,7 @@ import copy
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
@@ -13,10 +13,14 @@ from trl import DPOTrainer
 from ..saving.checkpoints import checkpoint_folders, fault_of
 from ..saving.mixin import SavingMixin
 from .dpo_training_arguments import DPOTrainingArguments
+from .router_losses import RouterLossMixin
 
 
-class RoundTrainer(SavingMixin, DPOTrainer):
-    """[`trl.DPOTrainer`] on pairs that are tokenized, and have the reference's log-probabilities, already."""
+class RoundTrainer(RouterLossMixin, SavingMixin, DPOTrainer):
+    """[`trl.DPOTrainer`] on pairs that are tokenized, and have the reference's log-probabilities, already.
+
+    The losses of routers are added as their model adds them.
+    """
 
     # No step is left out here.
     num_skipped_in_a_row = 0
@@ -24,6 +28,7 @@ class RoundTrainer(SavingMixin, DPOTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.set_up_saving()
+        self.set_up_router_losses()
 
     def _prepare_dataset(self, dataset: Dataset, *args, **kwargs) -> Dataset:
         return dataset
@@ -40,6 +45,18 @@ class RoundTrainer(SavingMixin, DPOTrainer):
         """Write no card of trl's: the policy gets one that tells of all that came before."""
 
 
+class TrainedRound(NamedTuple):
+    """What training a policy did.
+
+    Args:
+        num_steps: of the optimizer.
+        log: figures by step.
+    """
+
+    num_steps: int
+    log: list[dict[str, Any]]
+
+
 def train_round(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -48,8 +65,8 @@ def train_round(
     folder: Path,
     seed: int,
     name: str,
-) -> list[dict[str, Any]]:
-    """Train `model` on `pairs` in place, and return the log; goes on from the newest checkpoint in `folder`.
+) -> TrainedRound:
+    """Train `model` on `pairs` in place; goes on from the newest checkpoint in `folder`.
 
     Args:
         pairs: columns `prompt_ids`, `chosen_ids`, `rejected_ids`, `ref_chosen_logps` and `ref_rejected_logps`.
@@ -66,7 +83,13 @@ def train_round(
         trainer.remove_callback(callback)
     trainer.add_callback(_TellCallback(name))
     trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
-    return trainer.state.log_history
+    # Counts and times of what a process did are others where it went on with what another had begun.
+    log = [
+        {name: value for name, value in log.items() if name != "num_tokens"}
+        for log in trainer.state.log_history
+        if "loss" in log
+    ]
+    return TrainedRound(trainer.state.global_step, log)
 
 
 def newest_checkpoint(folder: Path) -> str | None:

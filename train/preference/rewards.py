@@ -7,6 +7,7 @@ from accelerate.utils import broadcast_object_list
 
 from ...common.devices import free_memory
 from ...common.progress import Progress
+from ...preference.scoring import load_reward_model, score_conversations
 
 
 def score_answers(
@@ -21,8 +22,6 @@ def score_answers(
     Raises:
         SettingsError: if `reward_model` is no reward model.
     """
-    from ...preference.scoring import load_reward_model, score_conversations
-
     shared = [None]
     if PartialState().is_main_process:
         conversations = [

@@ -200,7 +200,7 @@ class Rounds:
             self._tell(number, f"training on {len(pairs):,} pairs")
             model = self._load(self.policy_folder(number - 1))
             use_cache = model.config.use_cache
-            log = train_round(
+            trained = train_round(
                 model,
                 self.tokenizer,
                 pairs,
@@ -212,16 +212,16 @@ class Rounds:
             model.config.use_cache = use_cache
             self._written(
                 self._round(number) / "training_log.json",
-                lambda partial: write_text(partial, json.dumps(log, indent=1) + "\n"),
+                lambda partial: write_text(partial, json.dumps(trained.log, indent=1) + "\n"),
             )
             if self.state.is_main_process:
-                self._save_policy(model, number, len(pairs), log)
+                self._save_policy(model, number, len(pairs), trained.num_steps)
         if self.state.is_main_process:
             shutil.rmtree(training_folder, ignore_errors=True)
         self.state.wait_for_everyone()
         free_memory()
 
-    def _save_policy(self, model: PreTrainedModel, number: int, num_pairs: int, log: list[dict[str, Any]]) -> None:
+    def _save_policy(self, model: PreTrainedModel, number: int, num_pairs: int, num_steps: int) -> None:
         before, name = self.policy_folder(number - 1), self.arguments.policy.model_name_or_path
         settings = self.arguments
         with staged(self.policy_folder(number)) as folder:
@@ -230,7 +230,7 @@ class Rounds:
             step = {
                 "round": number,
                 "reference": settings.rounds.reference,
-                "steps": log[-1]["step"],
+                "steps": num_steps,
                 "pairs": num_pairs,
                 "beta": self.training.beta,
                 "learning_rate": self.training.learning_rate,

@@ -39,7 +39,9 @@ class RouterLossMixin:
         if not self.moe_layers or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self._taking_router_losses() as losses:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            # Outputs only where they are asked for: trl's DPOTrainer would run the model once more for them.
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = result if return_outputs else (result, None)
         [router_loss] = losses
         loss = loss + router_loss.to(loss.device)
         return (loss, outputs) if return_outputs else loss
