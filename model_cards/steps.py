@@ -81,9 +81,27 @@ def _prune(step: Mapping[str, Any]) -> str:
 
 
 def _merge(step: Mapping[str, Any]) -> str:
-    method = step["method"]
-    how = _MERGES.get(method)
-    return f"back to a dense model, by `{method}`{f': {how}' * (how is not None)}."
+    method, others = step["method"], step.get("other_sources")
+    if others:
+        text, how = f"with {joined([parent_of(source) for source in others])}", _MERGES_OF_CHECKPOINTS.get(method)
+    else:
+        text, how = "back to a dense model", _MERGES.get(method)
+    return f"{text}, by `{method}`{f': {how}' * (how is not None)}{_learned(step)}."
+
+
+def _learned(step: Mapping[str, Any]) -> str:
+    """Return what learning the coefficients of a merge gained, as a sentence goes on; nothing if they were not."""
+    fit, learn = step.get("fit"), step.get("learn")
+    if not fit or not learn:
+        return ""
+    heldout = fit["heldout"]
+    changes = ", ".join(
+        f"{name} {heldout['before'][name]:.4f} to {heldout['after'][name]:.4f}" for name in heldout["after"]
+    )
+    return (
+        f". They were learned on {listed(learn['data']['data'])} by `{learn['fit']['loss']}`, and moved by up to "
+        f"{fit['largest_move']:.3f}; on what was held out: {changes}"
+    )
 
 
 _MERGES = {
@@ -91,6 +109,12 @@ _MERGES = {
     "usage": "each FFN is a mean of the experts of its layer, weighted by what the routers give them on text",
     "coefficients": "each FFN is a sum of the experts of its layer, with coefficients that were given",
     "shared": "each FFN is the shared expert of its layer",
+    "learned": "each FFN is a sum of the experts of its layer, with learned coefficients",
+}
+_MERGES_OF_CHECKPOINTS = {
+    "average": "each weight is the mean of theirs",
+    "coefficients": "each weight is a sum of theirs, with coefficients that were given",
+    "learned": "each weight is a sum of theirs, with learned coefficients",
 }
 
 
