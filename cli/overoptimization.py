@@ -132,9 +132,8 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-length",
         type=int,
-        default=defaults.max_length,
         metavar="N",
-        help="tokens of a conversation that are scored (default: %(default)s)",
+        help="tokens of a conversation, which is cut at its beginning (default: the positions of each model)",
     )
     group.add_argument("--dtype", choices=DTYPES, default=defaults.dtype, help="compute in (default: %(default)s)")
     group.add_argument(

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from ..common.checkpoint_names import NamedCheckpoint
-from ..common.checkpoints import check_code
+from ..common.checkpoints import check_code, load_config
 from ..common.files import replacing, write_text
 from ..common.output_folder import FolderKind, check_output_folder
 from ..common.pictures import INSTALL, can_draw
 from ..common.progress import Progress
 from ..common.provenance import installed_versions
+from ..preference.scoring import check_gives_one_score
 from .generation import generate_samples, read_prompts, sample_facts
 from .plot import write_plot
 from .results import Results, measure_models
@@ -71,8 +72,7 @@ def measure_overoptimization(
     progress = progress or Progress()
     is_finished = (out / RESULTS_FILE).exists()
     check_output_folder(out, 0, _read(settings), overwrite or not is_finished, MEASUREMENT)
-    for checkpoint in _checkpoints(settings):
-        check_code(checkpoint.path, trust_remote_code=settings.trust_remote_code, revision=checkpoint.revision)
+    _check_checkpoints(settings)
     samples, source = _samples(settings, out, progress)
     out.mkdir(parents=True, exist_ok=True)
     if (table_facts(out / TABLE_FILE) or {}).get("sha256") != samples.sha256:
@@ -149,9 +149,21 @@ def _facts(
     }
 
 
+def _check_checkpoints(settings: OveroptimizationSettings) -> None:
+    """Check before the first hour of work that the last model can be used."""
+    for checkpoint in _checkpoints(settings):
+        check_code(checkpoint.path, trust_remote_code=settings.trust_remote_code, revision=checkpoint.revision)
+    for checkpoint in _reward_checkpoints(settings):
+        check_gives_one_score(load_config(checkpoint.path, revision=checkpoint.revision), checkpoint.path)
+
+
 def _checkpoints(settings: OveroptimizationSettings) -> Iterator[NamedCheckpoint]:
     if isinstance(settings.samples, PolicySettings):
         yield settings.samples.policy
+    yield from _reward_checkpoints(settings)
+
+
+def _reward_checkpoints(settings: OveroptimizationSettings) -> Iterator[NamedCheckpoint]:
     if settings.gold is not None:
         yield settings.gold
     for model in settings.reward_models:

@@ -81,7 +81,7 @@ class OveroptimizationSettings:
         gold: the reward model that stands for what people want; None with `gold_column`.
         gold_column: of the samples, with gold's score of each response.
         baseline: name of the reward model or ensemble that others are compared with; by default the first.
-        max_length: of a conversation in tokens.
+        max_length: of a conversation in tokens, which is cut at its beginning; by default a model's positions.
         dtype: to score in; `auto` is that of the checkpoint.
         num_resamples: of the prompts, for the intervals.
         seed: of those.
@@ -97,7 +97,7 @@ class OveroptimizationSettings:
     ensembles: Sequence[Ensemble] = ()
     baseline: str | None = None
     batch_size: int = 16
-    max_length: int = 1024
+    max_length: int | None = None
     dtype: str = "auto"
     trust_remote_code: bool = False
     num_resamples: int = 2000
@@ -111,8 +111,9 @@ class OveroptimizationSettings:
         if self.gold_column is not None and isinstance(self.samples, PolicySettings):
             raise SettingsError("Samples of a policy have no column of gold scores; give a gold reward model.")
         for name, least in (("batch_size", 1), ("max_length", 1), ("num_resamples", 100)):
-            if getattr(self, name) < least:
-                raise SettingsError(f"{name}={getattr(self, name)} must be at least {least}.")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise SettingsError(f"{name}={value} must be at least {least}.")
         if self.dtype not in DTYPES:
             raise SettingsError(f"dtype={self.dtype!r}: choose one of {', '.join(DTYPES)}.")
         self._check_names()
