@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 
 import pytest
-from dense_checkpoints import folder_hashes
+import torch
+from dense_checkpoints import folder_hashes, write_dense
 from safetensors.torch import load_file
 
 
@@ -82,6 +84,10 @@ def test_matrices_of_their_own_have_rows_of_their_own(upcycled_moe, moe, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["given.json"]
 
 
+def _learned(loss, *options):
+    return ["--method", "learned", "--loss", loss, "--data", "texts", *options]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -116,6 +122,34 @@ def test_matrices_of_their_own_have_rows_of_their_own(upcycled_moe, moe, tmp_pat
             ["--save-coefficients", "texts/a.jsonl", "--overwrite"],
             "a.jsonl: holds no coefficients, so",
         ),
+        (["--method", "learned", "--data", "x"], "--method learned needs a loss, and data for it; give --loss."),
+        (["--method", "learned", "--loss", "lm"], "--method learned needs a loss, and data for it; give --data."),
+        (["--max-steps", "5"], "--max-steps has no meaning with --method average, only with learned; leave it out."),
+        (_learned("lm", "--beta", "1"), "--beta has no meaning with --loss lm, only with dpo; leave it out."),
+        (_learned("dpo", "--block-size", "8"), "--block-size has no meaning here, only with --loss lm; leave it out."),
+        (
+            _learned("lm", "--dtype", "float32"),
+            "--dtype has no meaning here, only with --loss lm and --initial usage;",
+        ),
+        (
+            _learned("lm", "--reference", "x"),
+            "--reference has no meaning with --loss lm, only with dpo; leave it out.",
+        ),
+        (_learned("lm", "--max-steps", "0"), "max_steps=0 must be at least 1."),
+        (_learned("lm", "--per", "model"), "per='model': choose one of layer, matrix for experts."),
+        (_learned("bradley_terry"), "moe: loss='bradley_terry' needs a reward model"),
+        (_learned("dpo"), "moe: its tokenizer has no chat template to read conversations with"),
+        (_learned("lm", "--shared-expert-weight", "1"), "shared_expert_weight=1.0 is outside [0, 1)"),
+        (["--with", "moe", "--method", "usage", "--data", "texts"], "--method usage merges experts by their routers;"),
+        (["--with", "moe", "--revision", "main"], "--revision has no meaning with --with; give a folder"),
+        (["--with", "moe", *_learned("lm", "--per", "matrix")], "per='matrix': choose one of model, layer for whole"),
+        (["--with", "moe", *_learned("lm", "--initial", "usage")], "initial='usage' is about experts;"),
+        (
+            ["--with", "moe", "--method", "coefficients", "--coefficients", "two.json"],
+            "two.json: coefficients of model:",
+        ),
+        (["--with", "moe", "--method", "coefficients", "--coefficients", "a.json"], "a.json: format is None; this"),
+        (["--with", "texts"], "texts: there is no config.json"),
         (["--max-shard-size", "5XB"], "max_shard_size='5XB' is not a size"),
         (["--method", "usage", "--data", "no.txt"], "no.txt"),
     ],
@@ -127,6 +161,7 @@ def test_wrong_usage_is_one_line_and_writes_nothing(upcycled_moe, moe, tmp_path,
     (tmp_path / "texts" / "a.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "mine.json").write_text('{"format": 1, "layers": {}, "more": 1}')
     (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "two.json").write_text('{"format": 1, "groups": {"model": [0.5, 0.6]}}')
     before = folder_hashes(tmp_path) | folder_hashes(moe)
     status, out, err = upcycled_moe("merge", "moe", "out", *options)
     assert (status, out) == (2, "")
@@ -181,3 +216,103 @@ def test_only_a_checkpoint_is_replaced(upcycled_moe, moe, tmp_path):
     assert upcycled_moe("merge", moe, out, "--overwrite", "--save-coefficients", saved)[0] == 0
     assert upcycled_moe("merge", moe, out, "--overwrite", "--save-coefficients", saved)[0] == 0
     assert (out / "model.safetensors").is_file()
+
+
+@pytest.fixture
+def lesson(text_file):
+    """Flags to learn coefficients from a little text in two steps."""
+    text = ("--data", text_file, "--tokens-per-domain", 1024, "--block-size", 32)
+    return ("--method", "learned", "--loss", "lm", *text, "--max-steps", 2, "--learning-rate", 0.5)
+
+
+def test_a_learned_merge_says_what_it_gained(upcycled_moe, moe, lesson, tmp_path):
+    status, out, err = upcycled_moe(
+        "merge", moe, tmp_path / "out", *lesson, "--shared-expert-weight", 0.3, "--seed", 1
+    )
+    assert status == 0
+    # Experts that are copies are the same sum whatever they count.
+    assert err.startswith("warning: No coefficient moved by 1% of itself (at most 0.00%)")
+    assert err.count("\n") == 1
+    lines = _lines(out)
+    assert lines[0] == "Coefficients: learned"
+    assert all(line.endswith(" 0.300") for line in lines[2:5])
+    assert lines[5] == "Learned in 2 steps from 26 blocks, by lm."
+    assert re.fullmatch(r"Coefficients moved by up to 0\.\d{3}, and by up to \d+% of what they were\.", lines[6])
+    assert re.fullmatch(r"On \d+ blocks that were held out: loss \d\.\d{4} -> \d\.\d{4}\.", lines[7])
+    written = {"merge_coefficients.json", "merge_fit.json", "merge_fit.png", "model.safetensors", "upcycling.json"}
+    assert written <= {path.name for path in (tmp_path / "out").iterdir()}
+    given = ("--method", "coefficients", "--coefficients", tmp_path / "out" / "merge_coefficients.json")
+    assert upcycled_moe("merge", moe, tmp_path / "again", *given)[0] == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
+    assert weights[0] == weights[1]
+
+
+def test_a_dry_run_checks_what_is_learned_from_and_learns_nothing(upcycled_moe, moe, lesson, tmp_path, monkeypatch):
+    monkeypatch.setattr("upcycled_moe.merging.learning.fit_coefficients", pytest.fail)
+    status, out, err = upcycled_moe("merge", moe, tmp_path / "out", *lesson, "--dry-run", "--json")
+    assert (status, err) == (0, "")
+    printed = json.loads(out)
+    assert printed["coefficients"]["layers"]["0"] == [0.25] * 4
+    assert printed["coefficients"]["shared"] == dict.fromkeys("012", 0.75)
+    assert "fit" not in printed
+    assert list(tmp_path.iterdir()) == []
+    missing = [str(value).replace("sample.txt", "missing.txt") for value in lesson]
+    assert upcycled_moe("merge", moe, tmp_path / "out", *missing, "--dry-run")[0] == 2
+
+
+def test_learning_that_is_interrupted_leaves_nothing(upcycled_moe, moe, lesson, tmp_path, monkeypatch):
+    def interrupt(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("upcycled_moe.merging.learning.fit_coefficients", interrupt)
+    saved = ("--save-coefficients", tmp_path / "saved.json")
+    status, out, err = upcycled_moe("merge", moe, tmp_path / "out", *lesson, *saved)
+    assert (status, out) == (130, "")
+    assert "interrupted" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def others(dense, tmp_path_factory):
+    """Two dense checkpoints of the architecture of `dense`."""
+    folder = tmp_path_factory.mktemp("others")
+    return [write_dense(folder / name, seed=seed) for seed, name in enumerate(("first", "second"), start=1)]
+
+
+def test_whole_checkpoints_become_their_mean(upcycled_moe, dense, others, tmp_path):
+    status, out, err = upcycled_moe("merge", dense, tmp_path / "out", "--with", *others)
+    assert (status, err) == (0, "")
+    assert _lines(out)[0] == "Coefficients: average"
+    assert _lines(out)[2] == "model 0.333 0.333 0.333"
+    sources = [load_file(folder / "model.safetensors") for folder in (dense, *others)]
+    for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
+        mean = sum(source[name].double() for source in sources) / 3
+        torch.testing.assert_close(value, mean.float(), rtol=1e-6, atol=1e-8)
+    step = json.loads((tmp_path / "out" / "upcycling.json").read_text())["steps"][-1]
+    assert [source["name"] for source in step["other_sources"]] == [str(folder) for folder in others]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "**merge** with `first`, `second`, by `average`: each weight is the mean of theirs." in card
+
+
+def test_what_whole_checkpoints_count_is_learned_saved_and_given_again(upcycled_moe, dense, others, lesson, tmp_path):
+    saved = tmp_path / "saved.json"
+    arguments = ("merge", dense, tmp_path / "out", "--with", *others, *lesson, "--save-coefficients", saved)
+    status, out, err = upcycled_moe(*arguments, "--per", "layer", "--json")
+    assert (status, err) == (0, "")
+    printed = json.loads(out)
+    assert printed["coefficients"] == json.loads(saved.read_text())
+    assert set(printed["coefficients"]["groups"]) == {"rest", "layer 0", "layer 1", "layer 2"}
+    assert printed["fit"]["largest_move"] > 0.05
+    assert saved.read_bytes() == (tmp_path / "out" / "merge_coefficients.json").read_bytes()
+    assert (tmp_path / "out" / "merge_fit.png").is_file()
+    given = ("--method", "coefficients", "--coefficients", saved)
+    status, out, err = upcycled_moe("merge", dense, tmp_path / "again", "--with", *others, *given)
+    assert (status, err) == (0, "")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
+    assert weights[0] == weights[1]
+    # Of other checkpoints there are more.
+    status, _, err = upcycled_moe("merge", dense, tmp_path / "more", "--with", others[0], *given)
+    assert (status, err.count("\n")) == (2, 1)
+    assert re.search(r"saved\.json: coefficients of [\w ]+: 3 numbers for 2 checkpoints; give one for each\.", err)
+    # A file of them is replaced when asked to.
+    assert upcycled_moe(*arguments, "--overwrite")[0] == 0
