@@ -14,6 +14,7 @@ from ..common.settings import SettingsError
 from ..common.text_blocks import check_tokens, load_text_tokenizer, read_blocks
 from ..preference.pairs import read_pairs
 from ..preference.settings import PREFERENCE_EXTRA
+from ..preference.template import conversation_ids
 from .settings import LearnSettings
 
 
@@ -74,6 +75,9 @@ def read_lesson(source: CheckpointSource, settings: LearnSettings) -> Lesson:
                 f"{source.name}: its tokenizer has no chat template to read conversations with; put one beside the "
                 "weights (chat_template.jinja)."
             )
+        if settings.fit.loss == "bradley_terry" and source.config.pad_token_id is not None:
+            # It says which token the model scores, whatever the tokenizer's files say.
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(source.config.pad_token_id)
         data = read_pairs(settings.data)
         domains = {"pairs": _conversation_blocks(data, tokenizer, settings.fit.max_length)}
     check_tokens(source.name, domains, source.config)
@@ -85,7 +89,6 @@ def _conversation_blocks(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max
     blocks = []
     for pair in pairs:
         for answer in ("chosen", "rejected"):
-            tokens = tokenizer.apply_chat_template(pair["prompt"] + pair[answer], return_dict=True)["input_ids"]
-            tokens = array("i", tokens[:max_length])
+            tokens = array("i", conversation_ids(tokenizer, pair["prompt"] + pair[answer])[:max_length])
             blocks.append({"input_ids": tokens, "position_ids": array("i", range(len(tokens)))})
     return sorted(blocks, key=lambda block: len(block["input_ids"]))
