@@ -17,9 +17,10 @@ from upcycled_moe.preference.scoring import load_reward_model, score_conversatio
 
 
 @pytest.fixture(autouse=True)
-def _quick_picture(monkeypatch):
-    """Drawing has tests of its own."""
+def _quick(monkeypatch):
+    """Drawing has tests of its own; collecting garbage takes longer than these models do."""
     monkeypatch.setattr(overoptimize, "write_plot", lambda results, path: path.touch())
+    monkeypatch.setattr(scoring, "free_memory", lambda: None)
 
 
 @pytest.fixture(scope="module")
