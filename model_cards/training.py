@@ -10,6 +10,8 @@ from ..common.settings import load_yaml
 
 STATE_FILE = "trainer_state.json"
 SETTINGS_FILE = "training_config.yaml"
+# What an evaluation on preference pairs gives, of all pairs and of each source.
+PREFERENCE_FIGURES = ("accuracy", "margin", "loss", "length_baseline", "pairs")
 # Figures of the routers, by the part of a log's name that stands for them.
 ROUTER_FIGURES = ("entropy", "max_violation", "dead_experts")
 
@@ -55,6 +57,35 @@ def training_facts(
         "evaluation": evaluation,
         "evaluation_step": evaluation_step,
         "routers": _last_routers(history),
+    }
+
+
+def preference_facts(history: Sequence[Mapping[str, Any]], step: int, pairs_per_step: int) -> dict[str, Any]:
+    """Return what to tell of a training on preference pairs beside, and instead of, that of one on text."""
+    evaluated = [log for log in history if "eval_accuracy" in log and log.get("step", 0) <= step]
+    last = evaluated[-1] if evaluated else {}
+    return {
+        "objective": "bradley_terry",
+        "pairs": step * pairs_per_step,
+        "loss": _last(history, "preference_loss") or _last(history, "loss"),
+        "evaluation": {},
+        "evaluation_step": last.get("step"),
+        "preference": preference_figures(last),
+    }
+
+
+def preference_figures(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the figures of an evaluation on preference pairs by source; `all` is that of all pairs."""
+    sources = [
+        name.removeprefix("eval").removesuffix("_accuracy").removeprefix("_")
+        for name in metrics
+        if name.startswith("eval_") and name.endswith("_accuracy")
+    ]
+    return {
+        source or "all": {
+            figure: metrics["_".join(filter(None, ("eval", source, figure)))] for figure in PREFERENCE_FIGURES
+        }
+        for source in sources
     }
 
 

@@ -78,7 +78,6 @@ def check_gives_one_score(config: PreTrainedConfig, name: str) -> None:
         )
 
 
-@torch.inference_mode()
 def score_conversations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -108,21 +107,27 @@ def score_conversations(
             "are scored without their beginning."
         )
     sequences = [tokens[-max_length:] for tokens in sequences]
-    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
     scores = [0.0] * len(sequences)
     was_training = model.training
     model.eval()
     with progress.task("Scoring", len(sequences), "conversations") as advance:
-        for begin in range(0, len(order), batch_size):
-            batch = order[begin : begin + batch_size]
-            for index, score in zip(batch, _scores(model, [sequences[index] for index in batch]), strict=True):
+        for batch in batches_by_length(sequences, batch_size):
+            for index, score in zip(batch, score_batch(model, [sequences[index] for index in batch]), strict=True):
                 scores[index] = score
             advance(len(batch))
     model.train(was_training)
     return scores
 
 
-def _scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[float]:
+def batches_by_length(sequences: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Return the indices of `sequences` in batches of about one length, which need little padding."""
+    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+    return [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+
+
+@torch.inference_mode()
+def score_batch(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[float]:
+    """Return the scores of `sequences` of tokens, padded on the right, by `model` in the mode it is in."""
     length = max(map(len, sequences))
     input_ids = torch.full((len(sequences), length), model.config.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)

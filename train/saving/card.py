@@ -39,10 +39,10 @@ class CardCallback(TrainerCallback):
         output_dir: of the run.
         source: name and revision of the model to start from.
         start: folder of that model, with its provenance and card if it has them.
-        tokens_per_step: of all processes together.
+        tokens_per_step: of all processes together; None where steps are not counted in tokens.
     """
 
-    def __init__(self, output_dir: str, source: Mapping[str, Any], start: Path, tokens_per_step: int):
+    def __init__(self, output_dir: str, source: Mapping[str, Any], start: Path, tokens_per_step: int | None):
         self.output_dir = Path(output_dir)
         self.source = dict(source)
         self.tokens_per_step = tokens_per_step
@@ -64,18 +64,22 @@ class CardCallback(TrainerCallback):
 
     def _write(self, state, folder: Path, best_step: int | None = None) -> None:
         try:
-            settings_file = self.output_dir / CONFIG_FILE
-            facts = training_facts(
-                {"global_step": state.global_step, "log_history": state.log_history},
-                settings_file if settings_file.is_file() else None,
-                self.source,
-                self.tokens_per_step,
-                is_running=True,
-                best_step=best_step,
-            )
+            facts = self._facts(state, best_step)
             replace_provenance(folder, with_step(self.origin, "train", **facts, terms=self.terms))
             update_card(folder)
         # Whatever it is: hours of training are not lost for a card.
         except Exception as error:
             reason = " ".join(str(error).split())
             print(f"train.py: warning: {folder.name}: no card is written ({reason}).", file=sys.stderr)
+
+    def _facts(self, state, best_step: int | None) -> dict[str, Any]:
+        """Return what the provenance says of the training so far."""
+        settings_file = self.output_dir / CONFIG_FILE
+        return training_facts(
+            {"global_step": state.global_step, "log_history": state.log_history},
+            settings_file if settings_file.is_file() else None,
+            self.source,
+            self.tokens_per_step,
+            is_running=True,
+            best_step=best_step,
+        )

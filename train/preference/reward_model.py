@@ -1,0 +1,84 @@
+"""Loading the model that becomes a reward model."""
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+import modeling_upcycled_moe  # noqa: F401 (registers the classes, so that no remote code is run)
+
+from ...common.settings import SettingsError
+from ...preference.scoring import check_gives_one_score
+from ...preference.template import set_chat_template, set_padding
+from ..model import chosen_implementations, load, load_config, load_tokenizer
+from .reward_arguments import RewardModelArguments
+
+
+HEAD = "score.weight"
+
+
+def load_reward_start(
+    model_args: RewardModelArguments, max_length: int, seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model to train, and its tokenizer, which pads with a token that no conversation ends with.
+
+    A reward model is taken as it is. A language model loses its head, and gets one for a score, drawn from
+    N(0, `initializer_range`²) by `seed`.
+
+    Raises:
+        SettingsError: if it cannot be loaded, is neither, has fewer tokens than the tokenizer or fewer positions than
+            `max_length`, or its tokenizer has no chat template.
+    """
+    name = model_args.model_name_or_path
+    config = load_config(model_args)
+    is_new = _has_no_head(config, name)
+    if is_new:
+        config.num_labels = 1
+    tokenizer = load_tokenizer(model_args)
+    set_chat_template(tokenizer, model_args.chat_template, name)
+    _check_sizes(config, tokenizer, max_length, name)
+    verbosity = logging.get_verbosity()
+    # The report of heads that come and go.
+    logging.set_verbosity_error()
+    try:
+        model, report = load(
+            "model_name_or_path",
+            name,
+            AutoModelForSequenceClassification.from_pretrained,
+            config=config,
+            revision=model_args.model_revision,
+            trust_remote_code=False,
+            dtype=model_args.dtype,
+            output_loading_info=True,
+            **chosen_implementations(model_args),
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := sorted(set(report["missing_keys"]) - ({HEAD} if is_new else set())):
+        raise SettingsError(f"{name}: its weights lack {', '.join(missing[:3])}; it is damaged, or of another model.")
+    if is_new:
+        generator = torch.Generator().manual_seed(seed)
+        head = torch.randn(model.score.weight.shape, generator=generator) * config.initializer_range
+        model.score.weight.data.copy_(head)
+    set_padding(tokenizer, model, name)
+    return model, tokenizer
+
+
+def _has_no_head(config: PreTrainedConfig, name: str) -> bool:
+    [architecture, *_] = config.architectures or [""]
+    if architecture.endswith("ForCausalLM"):
+        return True
+    check_gives_one_score(config, name)
+    return False
+
+
+def _check_sizes(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, name: str) -> None:
+    if len(tokenizer) > config.vocab_size:
+        raise SettingsError(
+            f"The tokenizer has {len(tokenizer)} tokens, but {name} has vocab_size={config.vocab_size}; give the "
+            "model's own as tokenizer_name."
+        )
+    if max_length > config.max_position_embeddings:
+        raise SettingsError(
+            f"max_length={max_length} exceeds max_position_embeddings={config.max_position_embeddings} of {name}; "
+            "lower it."
+        )
