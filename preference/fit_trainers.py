@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.utils import logging
 
 from ..common.blocks import collate_blocks
-from ..common.progress import Progress
 from ..common.settings import SettingsError
 from .settings import PREFERENCE_EXTRA, FitSettings
 
@@ -30,7 +29,6 @@ def make_trainer(
     optimizer: torch.optim.Optimizer,
     reference: PreTrainedModel | None,
     folder: Path,
-    progress: Progress,
 ) -> Trainer:
     """Return the trainer of `settings.loss`, which runs `model` where it is and in its type.
 
@@ -40,10 +38,9 @@ def make_trainer(
     Args:
         reference: of DPO; None for `model` as it is now.
         folder: for what the trainer may write.
-        progress: it is warned of pairs that the trainer leaves out.
 
     Raises:
-        SettingsError: if trl is missing, or no pair is short enough.
+        SettingsError: if trl is missing.
     """
     common = {
         "model": model,
@@ -57,23 +54,8 @@ def make_trainer(
     else:
         trainer = _pair_trainer(tokenizer, settings, reference, arguments, common)
     trainer.remove_callback(PrinterCallback)
-    _check_lengths(len(training) + len(heldout), trainer, settings, progress)
     trainer.eval_dataset = _whole_batches(trainer.eval_dataset, settings.batch_size)
     return trainer
-
-
-def _check_lengths(num_given: int, trainer: Trainer, settings: FitSettings, progress: Progress) -> None:
-    num_left_out = num_given - len(trainer.train_dataset) - len(trainer.eval_dataset)
-    if num_left_out:
-        progress.warn(
-            f"{num_left_out:,} of {num_given:,} pairs have prompts of max_length={settings.max_length} tokens or more "
-            "and are left out."
-        )
-    if not len(trainer.train_dataset) or not len(trainer.eval_dataset):
-        raise SettingsError(
-            f"max_length={settings.max_length} leaves {len(trainer.train_dataset)} pairs to learn from and "
-            f"{len(trainer.eval_dataset)} to measure; raise it, or give shorter pairs."
-        )
 
 
 def _whole_batches(data: Dataset, batch_size: int) -> Dataset:

@@ -65,9 +65,7 @@ def fit_coefficients(
         TemporaryDirectory() as folder,
         progress.task("Learning coefficients", settings.max_steps, "steps") as advance,
     ):
-        trainer = make_trainer(
-            model, tokenizer, training, heldout, settings, optimizer, reference, Path(folder), progress
-        )
+        trainer = make_trainer(model, tokenizer, training, heldout, settings, optimizer, reference, Path(folder))
         observer = _Observer(merge, advance)
         trainer.add_callback(observer)
         before = _measured(trainer, settings.loss)
@@ -127,14 +125,34 @@ def _prepared(
     settings: FitSettings,
     progress: Progress,
 ) -> Dataset:
-    """Return `data` as the trainer takes it: trl's for DPO has ways of its own to make tokens of pairs."""
+    """Return `data` as the trainer takes it, without what is too long."""
     if settings.loss == "lm":
         return data
     set_chat_template(tokenizer, None, "The merge")
     if settings.loss == "dpo":
-        return data
+        return _with_room(data, tokenizer, settings.max_length, progress)
     set_padding(tokenizer, model, "The merge")
     return tokenize_pairs(data, tokenizer, settings.max_length, "The pairs", progress).rows
+
+
+def _with_room(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress) -> Dataset:
+    """Return the pairs whose prompt leaves room for an answer; trl would drop the others without a word."""
+    rendered = (
+        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+        for prompt in pairs["prompt"]
+    )
+    kept = [number for number, tokens in enumerate(rendered) if len(tokens["input_ids"]) < max_length]
+    if not kept:
+        raise SettingsError(
+            f"The prompts of all {len(pairs):,} pairs have max_length={max_length} tokens or more; raise it, or give "
+            "shorter ones."
+        )
+    if len(kept) < len(pairs):
+        progress.warn(
+            f"{len(pairs) - len(kept):,} of {len(pairs):,} pairs have prompts of max_length={max_length} tokens or "
+            "more and are left out."
+        )
+    return pairs.select(kept)
 
 
 def _check(model: PreTrainedModel, settings: FitSettings) -> None:
