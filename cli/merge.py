@@ -1,9 +1,10 @@
-"""`upcycled-moe merge`: an upcycled checkpoint becomes a dense one again."""
+"""`upcycled-moe merge`: an upcycled checkpoint becomes a dense one again, or several checkpoints one."""
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..common.settings import SettingsError
 from ..common.text_settings import CALIBRATION_SPLIT
@@ -13,10 +14,9 @@ from .learn_options import add_learn_options, learn_settings
 from .text_options import DEFAULTS, PASS_MEMORY_ADVICE, add_pass_options, add_text_options, text_settings
 
 
-if TYPE_CHECKING:
-    from .console import ConsoleProgress
-
-MEMORY_ADVICE = PASS_MEMORY_ADVICE
+MEMORY_ADVICE = (
+    f"{PASS_MEMORY_ADVICE}; to learn, lower --step-batch-size or --max-length, or give --gradient-checkpointing"
+)
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -24,10 +24,10 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "merge",
         usage="%(prog)s CKPT OUT [options]",
-        help="merge experts back into a dense checkpoint",
+        help="merge experts back into a dense checkpoint, or whole checkpoints into one",
         description="Merge the experts of each layer of an upcycled checkpoint into one FFN, and write a dense Qwen "
         "checkpoint, which needs no code of its own. Experts that are still copies give the dense model back, to the "
-        "bit; others an approximation.",
+        "bit; others an approximation. --with merges whole checkpoints instead.",
     )
     add_places(parser)
     parser.add_argument(
@@ -71,33 +71,32 @@ def run(options: argparse.Namespace) -> int:
 
     if options.dry_run and options.save_coefficients is not None:
         raise SettingsError("--dry-run writes nothing; leave --save-coefficients out, or give --json to see them.")
-    shard_bytes = max_shard_bytes(options)
+    shard_bytes, out = max_shard_bytes(options), Path(options.out)
     quiet_libraries()
-    merge = _merge_checkpoints if options.others else _merge_experts
-    merge(options, settings, shard_bytes, ConsoleProgress())
+    progress = ConsoleProgress()
+    places = {"save_coefficients": options.save_coefficients, "overwrite": options.overwrite}
+    source, make_plan, write, show = (_checkpoints if options.others else _experts)(options)
+    plan = make_plan(source, settings, out, shard_bytes, **places, learn=not options.dry_run, progress=progress)
+    if not options.dry_run:
+        write(plan, out, **places, progress=progress)
+    if options.json:
+        print(json.dumps(plan.to_dict(), indent=2))
+    else:
+        show(plan, out, options.dry_run)
     return 0
 
 
-def _merge_experts(
-    options: argparse.Namespace, settings: MergeSettings, shard_bytes: int, progress: "ConsoleProgress"
-) -> None:
+def _experts(options: argparse.Namespace) -> tuple[Any, Callable, Callable, Callable]:
+    """Return the checkpoint whose experts are merged, and what plans, writes and shows that."""
     from ..common.moe_source import open_moe
     from ..merging.merge import merge, plan_merge
     from .merge_results import print_plan
 
-    source, out, places = open_moe(options.checkpoint, options.revision), Path(options.out), _places(options)
-    plan = plan_merge(source, settings, out, shard_bytes, **places, learn=not options.dry_run, progress=progress)
-    if not options.dry_run:
-        merge(plan, out, **places, progress=progress)
-    if options.json:
-        print(json.dumps(plan.to_dict(), indent=2))
-    else:
-        print_plan(plan, out, options.dry_run)
+    return open_moe(options.checkpoint, options.revision), plan_merge, merge, print_plan
 
 
-def _merge_checkpoints(
-    options: argparse.Namespace, settings: MergeSettings, shard_bytes: int, progress: "ConsoleProgress"
-) -> None:
+def _checkpoints(options: argparse.Namespace) -> tuple[Any, Callable, Callable, Callable]:
+    """Return the checkpoints that are merged, and what plans, writes and shows that."""
     if options.revision is not None:
         raise SettingsError("--revision has no meaning with --with; give a folder of that revision, and leave it out.")
 
@@ -105,19 +104,7 @@ def _merge_checkpoints(
     from ..merging.whole import merge_whole, plan_whole
     from .merge_results import print_whole_plan
 
-    series, out = open_checkpoints([options.checkpoint, *options.others]), Path(options.out)
-    places = _places(options)
-    plan = plan_whole(series, settings, out, shard_bytes, **places, learn=not options.dry_run, progress=progress)
-    if not options.dry_run:
-        merge_whole(plan, out, **places, progress=progress)
-    if options.json:
-        print(json.dumps(plan.to_dict(), indent=2))
-    else:
-        print_whole_plan(plan, out, options.dry_run)
-
-
-def _places(options: argparse.Namespace) -> dict[str, Any]:
-    return {"save_coefficients": options.save_coefficients, "overwrite": options.overwrite}
+    return open_checkpoints([options.checkpoint, *options.others]), plan_whole, merge_whole, print_whole_plan
 
 
 def _settings(options: argparse.Namespace) -> MergeSettings:
@@ -130,6 +117,5 @@ def _settings(options: argparse.Namespace) -> MergeSettings:
         raise SettingsError(
             f"--data has no meaning with --method {options.method}, only with usage and learned; leave it out."
         )
-    return MergeSettings(
-        options.method, options.coefficients, text if options.method == "usage" and text.data else None, learn
-    )
+    is_measured = options.method == "usage" and text.data
+    return MergeSettings(options.method, options.coefficients, text if is_measured else None, learn)

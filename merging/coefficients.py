@@ -17,6 +17,8 @@ from .layout import ExpertLayout
 
 COEFFICIENTS_FORMAT = 1
 _KEYS = frozenset({"format", "layers", "shared"})
+# Of a file for whole checkpoints.
+GROUP_KEYS = frozenset({"format", "groups"})
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 # How far from one the coefficients of a matrix may sum to: what numbers of seven digits do.
 SUM_TOLERANCE = 1e-6
@@ -122,7 +124,7 @@ def check_coefficients_file(path: Path) -> None:
         keys = _read(path).keys()
     except SettingsError:
         keys = set()
-    if not ({"format", "layers"} <= keys <= _KEYS or keys == {"format", "groups"}):
+    if not ({"format", "layers"} <= keys <= _KEYS or keys == GROUP_KEYS):
         raise SettingsError(
             f"{path}: holds no coefficients, so --overwrite does not replace it; give --save-coefficients another "
             "file."

@@ -21,7 +21,7 @@ from ..common.learned_merge.coefficients import SoftmaxCoefficients
 from ..common.progress import Progress
 from ..common.settings import SettingsError, check_keys
 from ..model_cards.card import write_card
-from .coefficients import COEFFICIENTS_FORMAT, read_object
+from .coefficients import COEFFICIENTS_FORMAT, GROUP_KEYS, read_object
 from .learned_files import LEARNED_COEFFICIENTS, learning_facts, write_fit
 from .saved import check_saved, files_read
 from .settings import CHECKPOINT_METHODS, CHECKPOINT_PARTS, LearnSettings, MergeSettings
@@ -201,7 +201,7 @@ def _save(coefficients: GroupCoefficients, path: Path) -> None:
 def _load(path: Path) -> GroupCoefficients:
     """Return the groups in the JSON file `path`; what they must be, the checkpoints know."""
     raw = read_object(path)
-    check_keys(raw, ("format", "groups"), str(path))
+    check_keys(raw, GROUP_KEYS, str(path))
     groups = raw.get("groups")
     is_lists = isinstance(groups, dict) and all(
         isinstance(values, list) and all(isinstance(value, int | float) for value in values)
