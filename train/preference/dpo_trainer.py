@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,11 @@ class RoundTrainer(RouterLossMixin, SavingMixin, DPOTrainer):
     def not_timed(self):
         """Do nothing: speed is not measured here."""
         yield
+
+    def add_routing(self, inputs: Mapping[str, Any], outputs: Any, losses: Mapping[str, Any]) -> None:
+        """Have the log show what the router losses add, and the balance."""
+        for name in ("router_loss", "aux_loss"):
+            self._metrics["train"][name].append(losses[name].item())
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write no card of trl's: the policy gets one that tells of all that came before."""

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...common.devices import free_memory
 from ...common.files import replacing, write_text
 from ...common.learned_merge.checkpoints import open_checkpoints, write_merged
 from ...common.learned_merge.merge import LearnedMerge
@@ -86,6 +87,7 @@ def make_reference(
             result["coefficients"] = {"model": FIXED_REFERENCES[kind](len(policies), decay)}
         else:
             record = _learned(policies, arguments, pairs, load, tokenizer, progress)
+            free_memory()
             result |= {"coefficients": dict(record.final), "fit": record.to_dict()}
             if state.is_main_process and can_draw():
                 plot_fit(record, round_folder / "reference.png")

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ...common.devices import free_memory
 from ...common.progress import Progress
 from ...preference.scoring import load_reward_model, score_conversations
 
@@ -32,6 +31,5 @@ def score_answers(
         model, tokenizer = load_reward_model(reward_model)
         scores = iter(score_conversations(model, tokenizer, conversations, batch_size=batch_size, progress=progress))
         shared = [[[next(scores) for _ in texts] for texts in answers]]
-        free_memory()
     broadcast_object_list(shared)
     return shared[0]

@@ -131,7 +131,6 @@ class Rounds:
             settings.temperature,
             seed=self.training.seed + number,
         )
-        free_memory()
         texts = [[answer_text(self.tokenizer, answer) for answer in drawn] for drawn in answers]
         rewards = score_answers(settings.reward_model, prompts, texts, settings.sampling_batch_size, self.progress)
         pairs = best_and_worst(
@@ -178,7 +177,6 @@ class Rounds:
         )
         rows = Dataset.from_dict({f"ref_{side}_logps": values for side, values in scores.items()})
         self._written(path, lambda partial: write_rows(rows, partial))
-        free_memory()
 
     def _scores(self, model: PreTrainedModel, pairs: TokenizedPairs) -> dict[str, list[float]]:
         return {side: self._scorer(model, pairs.answers(f"{side}_ids")) for side in ("chosen", "rejected")}
@@ -212,14 +210,16 @@ class Rounds:
             model.config.use_cache = use_cache
             self._written(
                 self._round(number) / "training_log.json",
-                lambda partial: write_text(partial, json.dumps(trained.log, indent=1) + "\n"),
+                lambda partial: write_text(partial, json.dumps(trained.log, indent=1, sort_keys=True) + "\n"),
             )
             if self.state.is_main_process:
                 self._save_policy(model, number, len(pairs), trained.num_steps)
+            # A trainer and its model hold each other, and stay until they are looked for.
+            del model
+            free_memory()
         if self.state.is_main_process:
             shutil.rmtree(training_folder, ignore_errors=True)
         self.state.wait_for_everyone()
-        free_memory()
 
     def _save_policy(self, model: PreTrainedModel, number: int, num_pairs: int, num_steps: int) -> None:
         before, name = self.policy_folder(number - 1), self.arguments.policy.model_name_or_path
@@ -262,7 +262,6 @@ class Rounds:
             **(self._measured_answers(model, number) if self.arguments.sampling.eval_samples else {}),
         }
         self._written(path, lambda partial: write_text(partial, json.dumps(figures, indent=1) + "\n"))
-        free_memory()
 
     def _measured_answers(self, model: PreTrainedModel, number: int) -> dict[str, Any]:
         settings = self.arguments.sampling

@@ -1,0 +1,251 @@
+"""Rounds of DPO from the command line: what they write, what they are held to, and going on after a stop."""
+
+import importlib.util
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from dense_checkpoints import folder_hashes, write_dense
+from safetensors.torch import load_file
+from training_runs import ROOT, command_line
+
+from upcycled_moe.train.preference import dpo_trainer, references, rounds
+from upcycled_moe.train.preference.round_pairs import read_rows
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role + ': ' + message.content }}"
+    "{% if message.role == 'assistant' %}{{ '<|endoftext|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+WORDS = ("the", "of", "and", "to", "in", "is", "that", "it")
+SETTINGS = {
+    "num_rounds": 2,
+    "reference": "learned",
+    "max_length": 48,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "per_device_train_batch_size": 2,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "merge_share": 0.2,
+    "merge_max_steps": 3,
+    "merge_batch_size": 2,
+    "use_cpu": True,
+}
+
+
+def write_pairs(path: Path, num_pairs: int) -> Path:
+    """Write pairs whose chosen answer repeats the question, with one more, whose prompt is too long, to `path`."""
+    rows = []
+    for number in range(num_pairs):
+        word, other = WORDS[number % len(WORDS)], WORDS[(number * 3 + 1) % len(WORDS)]
+        prompt = [{"role": "user", "content": f"{word} {number}"}]
+        answers = {"chosen": f"{word} {number}", "rejected": f"{other} and {other}"}
+        sides = {name: [{"role": "assistant", "content": text}] for name, text in answers.items()}
+        rows.append({"prompt": prompt, **sides, "source": ("even", "odd")[number % 2]})
+    rows.append({**rows[0], "prompt": [{"role": "user", "content": "the " * 60}]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def script():
+    """The module of the script, which no package holds."""
+    path = ROOT / "train" / "iterative_dpo.py"
+    spec = importlib.util.spec_from_file_location("iterative_dpo_script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    return SETTINGS | {
+        "model_name_or_path": write_dense(folder / "dense"),
+        "chat_template": folder / "template.jinja",
+        "train_data": write_pairs(folder / "train.jsonl", 20),
+        "eval_data": write_pairs(folder / "test.jsonl", 6),
+    }
+
+
+@pytest.fixture(scope="session")
+def finished(script, inputs, tmp_path_factory) -> Path:
+    """The folder of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert script.main(command_line({**inputs, "output_dir": folder})) == 0
+    return folder
+
+
+def results(folder: Path) -> dict[str, str]:
+    """Return the hashes of what a run leaves, without what names its folder, and pictures."""
+    named = ("training_config.yaml", "reference/upcycling.json", ".png")
+    return {name: digest for name, digest in folder_hashes(folder).items() if not name.endswith(named)}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_each_round_keeps_its_pairs_reference_policy_and_figures(finished, inputs):
+    assert {path.name for path in (finished / "round-2").iterdir()} == {
+        "eval_log_probs.parquet",
+        "figures.json",
+        "pairs.parquet",
+        "policy",
+        "reference",
+        "reference.json",
+        "reference.png",
+        "reference_log_probs.parquet",
+        "training_log.json",
+    }
+    rows = [json.loads(line) for line in (finished / "rounds.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == [0, 1, 2]
+    assert rows[0]["accuracy"] == 0.5
+    assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert set(rows[2]["accuracy_by_source"]) == {"even", "odd"}
+    assert rows[2]["margin"] != 0
+    steps = json.loads((finished / "round-2" / "policy" / "upcycling.json").read_text())["steps"]
+    assert [(step["command"], step["round"], step["reference"]) for step in steps] == [
+        ("iterative_dpo", 1, "learned"),
+        ("iterative_dpo", 2, "learned"),
+    ]
+
+
+def test_rounds_share_the_pairs_and_learn_the_reference_from_others(finished, inputs):
+    parts = [read_rows(finished / f"round-{number}" / "pairs.parquet")["prompt"] for number in (1, 2)]
+    prompts = [prompt[0]["content"] for part in parts for prompt in part]
+    assert len(prompts) == len(set(prompts)) == 21 - 4
+    reference = json.loads((finished / "round-2" / "reference.json").read_text())
+    assert reference["fit"]["num_train"] + reference["fit"]["num_heldout"] in (3, 4)
+
+
+def test_a_policy_begins_where_the_one_before_ended_and_at_its_reference_in_the_first_round(finished):
+    log = json.loads((finished / "round-1" / "training_log.json").read_text())
+    # Nothing has moved yet: the log-probabilities that trl computes are those that were computed before.
+    assert log[0]["loss"] == pytest.approx(0.693147, abs=2e-5)
+    log = json.loads((finished / "round-2" / "training_log.json").read_text())
+    assert abs(log[0]["loss"] - 0.693147) > 2e-4
+
+
+def test_the_reference_is_the_merge_of_the_policies(finished, inputs):
+    reference = json.loads((finished / "round-2" / "reference.json").read_text())
+    (coefficients,) = reference["coefficients"].values()
+    assert sum(coefficients) == pytest.approx(1)
+    assert reference["fit"]["largest_relative_move"] > 0.01
+    policies = [weights(inputs["model_name_or_path"]), weights(finished / "round-1" / "policy")]
+    for name, tensor in weights(finished / "round-2" / "reference").items():
+        expected = sum(c * policy[name].double() for c, policy in zip(coefficients, policies, strict=True))
+        torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=1e-7)
+
+
+class StoppedError(Exception):
+    """A run ends where a test wants it to."""
+
+
+def stop(patch: pytest.MonkeyPatch, owner, name: str, call: int) -> None:
+    """Let call number `call` of the function `name` of `owner` be the last thing that a run does."""
+    function, calls = getattr(owner, name), []
+
+    def stopping(*args, **kwargs):
+        result = function(*args, **kwargs)
+        calls.append(name)
+        if len(calls) == call:
+            raise StoppedError(name)
+        return result
+
+    patch.setattr(owner, name, stopping)
+
+
+# In the order in which a run comes by them: what is done is not done again.
+STOPS = {
+    "in the first files": (rounds, "write_rows", 1),
+    "in a second file": (rounds, "write_rows", 2),
+    "between checkpoints of the first round": (dpo_trainer.RoundTrainer, "training_step", 4),
+    "as a checkpoint is written": (dpo_trainer.RoundTrainer, "_add_to_checkpoint", 1),
+    "as a policy is written": (rounds, "write_card", 1),
+    "with a policy that is not measured": (rounds, "pair_figures", 1),
+    "with a reference that is learned and not noted": (references, "fit_coefficients", 1),
+    "with a reference that is noted and not written": (references, "open_checkpoints", 2),
+    "in the last round": (dpo_trainer.RoundTrainer, "training_step", 1),
+}
+
+
+def test_a_run_that_is_stopped_anywhere_ends_in_the_same_files(script, inputs, finished, tmp_path, monkeypatch):
+    arguments = command_line({**inputs, "output_dir": tmp_path / "out"})
+    # Pictures are not compared, and take long.
+    monkeypatch.setattr("upcycled_moe.common.pictures.can_draw", lambda: False)
+    monkeypatch.setattr(references, "can_draw", lambda: False)
+    for place in STOPS.values():
+        with monkeypatch.context() as patch:
+            stop(patch, *place)
+            with pytest.raises(StoppedError):
+                script.main(arguments)
+    with monkeypatch.context() as patch:
+        training_step = dpo_trainer.RoundTrainer.training_step
+
+        def signalled(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return training_step(*args, **kwargs)
+
+        patch.setattr(dpo_trainer.RoundTrainer, "training_step", signalled)
+        assert script.main(arguments) == 143
+    assert (tmp_path / "out" / "round-2" / "training" / "checkpoint-1").is_dir()
+    assert script.main(arguments) == 0
+    assert results(tmp_path / "out") == results(finished)
+
+
+def test_a_finished_run_only_shows_its_figures(script, inputs, finished, capsys):
+    before = folder_hashes(finished)
+    assert script.main(command_line({**inputs, "output_dir": finished})) == 0
+    assert capsys.readouterr().out.splitlines()[0].split()[:2] == ["round", "accuracy"]
+    assert folder_hashes(finished).keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"beta": 0.2}, "holds a run with beta=0.1, not 0.2"),
+        ({"reference": "ema", "ema_decay": 1.0}, "ema_decay=1 is outside [0, 1)"),
+        ({"reference": "uniform", "ema_decay": 0.5}, "ema_decay has no effect with reference=uniform"),
+        ({"reference": "best"}, "reference='best' has the wrong type; expected one of 'last', 'uniform'"),
+        ({"round_data": "on_policy"}, "round_data=on_policy and reward_model"),
+        ({"merge_share": 0}, "reference=learned needs pairs to learn from"),
+        ({"num_round": 2}, "unknown key 'num_round'; did you mean 'num_rounds'?"),
+        ({"sync_ref_model": True}, "unknown key 'sync_ref_model'"),
+        ({"max_length": 4}, "every prompt is 4 tokens long or longer"),
+        ({"num_rounds": 30}, "training pairs cannot be shared out to num_rounds=30"),
+        ({"router_aux_loss_coef": 0.1}, "is a qwen2 model without it"),
+        ({"chat_template": "missing.jinja"}, "chat_template=missing.jinja: cannot be read"),
+    ],
+)
+def test_bad_settings_are_one_line(script, inputs, finished, tmp_path, capsys, changed, message):
+    folder = finished if "beta" in changed else tmp_path / "out"
+    assert script.main(command_line({**inputs, "output_dir": folder, **changed})) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if message in line]
+    assert line.startswith("iterative_dpo.py: ")
+
+
+def test_a_folder_of_something_else_is_left_alone(script, inputs, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    assert script.main(command_line({**inputs, "output_dir": tmp_path})) == 2
+    assert "is not empty and holds no run of iterative DPO" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_help_imports_nothing_heavy(warm_python):
+    code = (
+        "import sys; sys.modules.pop('torch', None); sys.path.insert(0, sys.argv[1]); import iterative_dpo; "
+        "assert iterative_dpo.main(['--help']) == 0; print('upcycled_moe.train.preference.rounds' in sys.modules, "
+        "'trl' in sys.modules)"
+    )
+    done = warm_python.run(code, ROOT / "train")
+    assert done.returncode == 0, done.stderr
+    assert "reference" in done.stdout
+    assert done.stdout.splitlines()[-1] == "False False"
