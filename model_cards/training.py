@@ -12,6 +12,7 @@ STATE_FILE = "trainer_state.json"
 SETTINGS_FILE = "training_config.yaml"
 # What an evaluation on preference pairs gives, of all pairs and of each source.
 PREFERENCE_FIGURES = ("accuracy", "margin", "loss", "length_baseline", "pairs")
+_SOURCE = "eval_source/"
 # Figures of the routers, by the part of a log's name that stands for them.
 ROUTER_FIGURES = ("entropy", "max_violation", "dead_experts")
 
@@ -76,16 +77,16 @@ def preference_facts(history: Sequence[Mapping[str, Any]], step: int, pairs_per_
 
 def preference_figures(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return the figures of an evaluation on preference pairs by source; `all` is that of all pairs."""
-    sources = [
-        name.removeprefix("eval").removesuffix("_accuracy").removeprefix("_")
+    prefixes = [
+        name.removesuffix("accuracy")
         for name in metrics
-        if name.startswith("eval_") and name.endswith("_accuracy")
+        if name == "eval_accuracy" or (name.startswith(_SOURCE) and name.endswith("_accuracy"))
     ]
     return {
-        source or "all": {
-            figure: metrics["_".join(filter(None, ("eval", source, figure)))] for figure in PREFERENCE_FIGURES
+        prefix.removeprefix(_SOURCE)[:-1] if prefix.startswith(_SOURCE) else "all": {
+            figure: metrics[prefix + figure] for figure in PREFERENCE_FIGURES
         }
-        for source in sources
+        for prefix in prefixes
     }
 
 

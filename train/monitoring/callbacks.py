@@ -3,8 +3,8 @@
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 
-# Figures of single layers and groups, for the log file and TensorBoard only.
-LONG_LOG = ("router/layer_", "grad_norm/")
+# Figures of single layers, groups and sources of pairs, for the log file and TensorBoard only.
+LONG_LOG = ("router/layer_", "grad_norm/", "eval_source/")
 
 
 class _ShortLog:

@@ -24,8 +24,9 @@ def read_pair_rows(
     training = PairSettings(
         data_args.train_data, data_args.train_split, data_args.max_train_pairs, data_args.flip_rate, seed
     )
-    train_rows = tokenize_pairs(read_pairs(training), tokenizer, max_length, "train_data", progress).rows
+    train_rows = tokenize_pairs(read_pairs(training, progress), tokenizer, max_length, "train_data", progress).rows
     if not data_args.eval_data:
         return train_rows, None
     evaluation = PairSettings(data_args.eval_data, data_args.eval_split, data_args.max_eval_pairs)
-    return train_rows, tokenize_pairs(read_pairs(evaluation), tokenizer, max_length, "eval_data", progress).rows
+    eval_pairs = read_pairs(evaluation, progress)
+    return train_rows, tokenize_pairs(eval_pairs, tokenizer, max_length, "eval_data", progress).rows

@@ -64,7 +64,7 @@ class RewardModelTrainer(SavingMixin, BalancingMixin, RoutingFiguresMixin, Rewar
             rows["source"],
         )
         metrics = {
-            "_".join(filter(None, (metric_key_prefix, source, name))): value
+            f"{metric_key_prefix}{f'_source/{source}' * bool(source)}_{name}": value
             for source, values in by_source.items()
             for name, value in values.items()
         }
