@@ -7,8 +7,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ..common.checkpoint_source import CheckpointSource
-from ..common.checkpoints import check_code, load_config, load_model
+from ..common.checkpoints import load_config, load_model
 from ..common.devices import best_device, free_memory
 from ..common.learned_merge.merge import BlendGroup, LearnedMerge
 from ..common.moe_source import MoeSource
@@ -32,7 +31,7 @@ def check_learning(source: MoeSource, layout: ExpertLayout, settings: LearnSetti
     Raises:
         SettingsError: if the loss is not for the model, or there is nothing to learn.
     """
-    check_loss(source, settings.fit.loss)
+    check_loss(source, settings)
     if settings.per not in EXPERT_PARTS:
         raise SettingsError(f"per={settings.per!r}: choose one of {', '.join(EXPERT_PARTS)} for experts.")
     if layout.num_copies == 1:
@@ -79,18 +78,17 @@ def learn_coefficients(
     In memory are the dense model in float32 and gradients of its FFNs; experts are read from their files.
 
     Raises:
-        SettingsError: if the reference does not fit, or the loss cannot be computed.
+        SettingsError: if the loss cannot be computed.
     """
     model = dense_model(source, layout)
     ffns = LearnedFfns(source, layout, initial, settings.per)
-    record = fit(model, ffns.groups, source, settings, lesson, progress)
+    record = fit(model, ffns.groups, settings, lesson, progress)
     return ffns.coefficients(), record
 
 
 def fit(
     model: PreTrainedModel,
     groups: Sequence[BlendGroup],
-    source: CheckpointSource,
     settings: LearnSettings,
     lesson: Lesson,
     progress: Progress,
@@ -98,9 +96,12 @@ def fit(
     """Bring the loss of `model`, whose weights the groups make, down by their coefficients; return how that went.
 
     Raises:
-        SettingsError: if the reference does not fit, or the loss cannot be computed.
+        SettingsError: if the reference cannot be loaded, or the loss cannot be computed.
     """
-    reference = None if settings.reference is None else _load_reference(settings.reference, source)
+    reference = None
+    if settings.reference is not None:
+        config = load_config(settings.reference, own_code=False)
+        reference = load_model(settings.reference, config, dtype=torch.float32, device=best_device(), own_code=False)
     return fit_coefficients(
         LearnedMerge(model, groups),
         model,
@@ -124,14 +125,3 @@ def dense_model(source: MoeSource, layout: ExpertLayout) -> PreTrainedModel:
     model_class = getattr(transformers, config.architectures[0])
     model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
     return model.to(best_device())
-
-
-def _load_reference(name: str, source: CheckpointSource) -> PreTrainedModel:
-    check_code(name, trust_remote_code=False)
-    config = load_config(name, own_code=False)
-    if config.vocab_size != source.config.vocab_size:
-        raise SettingsError(
-            f"{name}: has vocab_size={config.vocab_size}, and {source.name} {source.config.vocab_size}; give a "
-            "reference with the same tokenizer."
-        )
-    return load_model(name, config, dtype=torch.float32, device=best_device(), own_code=False)

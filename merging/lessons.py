@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..common.checkpoint_source import CheckpointSource
+from ..common.checkpoints import check_code, load_config
 from ..common.labelled_text import Block
 from ..common.settings import SettingsError
 from ..common.text_blocks import check_tokens, load_text_tokenizer, read_blocks
@@ -33,12 +34,13 @@ class Lesson:
     blocks: Mapping[str, Sequence[Block]]
 
 
-def check_loss(source: CheckpointSource, loss: str) -> None:
-    """Check, before anything is read, that `loss` can be computed of a model like `source`.
+def check_loss(source: CheckpointSource, settings: LearnSettings) -> None:
+    """Check, before anything is read, that the loss can be computed of a model like `source`.
 
     Raises:
-        SettingsError: if it is not for the model, or trl is missing.
+        SettingsError: if it is not for the model, the reference is not, or trl is missing.
     """
+    loss = settings.fit.loss
     is_classifier = source.config.architectures[0].endswith("ForSequenceClassification")
     if loss == "bradley_terry" and not (is_classifier and source.config.num_labels == 1):
         raise SettingsError(
@@ -49,6 +51,8 @@ def check_loss(source: CheckpointSource, loss: str) -> None:
         raise SettingsError(f"{source.name}: loss={loss!r} needs a language model; choose bradley_terry.")
     if loss != "lm" and importlib.util.find_spec("trl") is None:
         raise SettingsError(f"loss={loss!r} needs trl; {PREFERENCE_EXTRA}.")
+    if settings.reference is not None:
+        _check_reference(source, settings.reference)
 
 
 def read_lesson(source: CheckpointSource, settings: LearnSettings) -> Lesson:
@@ -82,6 +86,16 @@ def read_lesson(source: CheckpointSource, settings: LearnSettings) -> Lesson:
         domains = {"pairs": _conversation_blocks(data, tokenizer, settings.fit.max_length)}
     check_tokens(source.name, domains, source.config)
     return Lesson(tokenizer, data, domains)
+
+
+def _check_reference(source: CheckpointSource, name: str) -> None:
+    check_code(name, trust_remote_code=False)
+    config = load_config(name, own_code=False)
+    if config.vocab_size != source.config.vocab_size:
+        raise SettingsError(
+            f"{name}: has vocab_size={config.vocab_size}, and {source.name} {source.config.vocab_size}; give a "
+            "reference with the same tokenizer."
+        )
 
 
 def _conversation_blocks(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Block]:

@@ -154,7 +154,7 @@ def _check_learning(series: CheckpointSeries, settings: LearnSettings) -> None:
     # Imported here, like what learns below: it takes seconds, and the other methods have no use for it.
     from .lessons import check_loss
 
-    check_loss(series.sources[0], settings.fit.loss)
+    check_loss(series.sources[0], settings)
     if settings.per not in CHECKPOINT_PARTS:
         raise SettingsError(
             f"per={settings.per!r}: choose one of {', '.join(CHECKPOINT_PARTS)} for whole checkpoints."
@@ -179,7 +179,7 @@ def _learned(
         return {group.name: _shares(group.coefficients) for group in groups}, None
     # Its weights are those of the first checkpoint until the merge makes them.
     model = load_model(str(first.folder), first.config, dtype=torch.float32, device=best_device(), own_code=False)
-    record = fit(model, groups, first, settings, lesson, progress)
+    record = fit(model, groups, settings, lesson, progress)
     return {group.name: _shares(group.coefficients) for group in groups}, record
 
 

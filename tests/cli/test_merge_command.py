@@ -138,6 +138,8 @@ def _learned(loss, *options):
         (_learned("lm", "--max-steps", "0"), "max_steps=0 must be at least 1."),
         (_learned("lm", "--per", "model"), "per='model': choose one of layer, matrix for experts."),
         (_learned("bradley_terry"), "moe: loss='bradley_terry' needs a reward model"),
+        (_learned("dpo", "--reference", "no/where/x"), "no/where/x: no such folder, and not a Hub id like org/name."),
+        (_learned("dpo", "--reference", "texts"), "texts: there is no config.json"),
         (_learned("dpo"), "moe: its tokenizer has no chat template to read conversations with"),
         (_learned("lm", "--shared-expert-weight", "1"), "shared_expert_weight=1.0 is outside [0, 1)"),
         (["--with", "moe", "--method", "usage", "--data", "texts"], "--method usage merges experts by their routers;"),
