@@ -217,10 +217,12 @@ def _table(results: "Results") -> "Table":
     from .console import results_table
 
     last = results.numbers[-1]
-    columns = ("Seeds", "Peak of gold", "at n", f"Gold at n = {last}", "Drop", "Regret", "Proxy − gold", "Accuracy")
+    columns = ["Seeds", "Peak of gold", "at n", f"Gold at n = {last}", "Drop", "Regret", "Proxy − gold", "Accuracy"]
+    if any(len(model.seeds) > 1 for model in results.models.values()):
+        columns.append("Drop of each seed")
     table = results_table("Best of n", "Model", *columns, numbers=columns)
     for name, model in results.models.items():
-        table.add_row(escape(name), *_row(model))
+        table.add_row(escape(name), *_row(model)[: len(columns)])
     return table
 
 
@@ -240,4 +242,5 @@ def _row(model: "ModelResult") -> list[str]:
         f"{figures.regret:.3f}",
         f"{figures.goodhart_gap:+.3f}",
         "-" if accuracy is None else f"{accuracy:.1%}",
+        " ".join(f"{seed.figures.drop:.3f}" for seed in model.seeds) if len(model.seeds) > 1 else "",
     ]
