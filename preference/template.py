@@ -74,16 +74,20 @@ def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> 
 
 def ending_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the tokens that conversations end with: one, unless the template ends with the answer itself."""
+    return {tokens[-1] for tokens in _probes(tokenizer)}
+
+
+def _probes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     answers = [[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": text}] for text in _PROBES]
-    return {conversation_ids(tokenizer, answer)[-1] for answer in answers}
+    return [conversation_ids(tokenizer, answer) for answer in answers]
 
 
 def set_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
     """Have `model` and `tokenizer` pad with one token that no conversation ends with.
 
     That is the tokenizer's own, where it will do: `<|endoftext|>` of Qwen's tokenizers, as ChatML ends with a line
-    break after `<|im_end|>`. Else it is the first of the special tokens that will. Its embedding stays trainable: it
-    may stand in a text.
+    break after `<|im_end|>`. Else it is the first of the special tokens that will, if possible one that the template
+    does not use at all. Its embedding stays trainable: it may stand in a text.
 
     Args:
         name: of the checkpoint, for errors.
@@ -100,9 +104,14 @@ def set_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name
 def _padding_id(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str) -> int:
     endings = ending_ids(tokenizer)
     special = [index for index, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
-    for index in (tokenizer.pad_token_id, tokenizer.eos_token_id, *special):
-        if index is not None and index not in endings and index < config.vocab_size:
-            return index
+    candidates = [
+        index
+        for index in (tokenizer.pad_token_id, tokenizer.eos_token_id, *special)
+        if index is not None and index not in endings and index < config.vocab_size
+    ]
+    used = {index for tokens in _probes(tokenizer) for index in tokens}
+    if candidates:
+        return min(candidates, key=used.__contains__)
     shown = ", ".join(repr(tokenizer.convert_ids_to_tokens(index)) for index in sorted(endings))
     raise SettingsError(
         f"{name}: no special token is left to pad with, as conversations end with {shown}, and a reward model scores "
