@@ -11,9 +11,12 @@ import pytest
 import torch
 from datasets import Dataset
 from dense_checkpoints import SHAPE, WORDS, byte_level_tokenizer
+from moe_checkpoints import write_checkpoint
 from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
+from upcycled_moe.common.checkpoints import load_model
+from upcycled_moe.common.learned_merge.checkpoints import open_checkpoints
 from upcycled_moe.common.learned_merge.coefficients import SoftmaxCoefficients
 from upcycled_moe.common.learned_merge.merge import BlendGroup, LearnedMerge
 from upcycled_moe.common.learned_merge.sources import Blend, StoredSource
@@ -286,6 +289,26 @@ def test_coefficients_that_hardly_move_are_warned_of(sources):
         fit_coefficients(merge, model, None, data, settings, progress=progress)
     [warning] = progress.warnings
     assert warning.startswith("No coefficient moved by 1% of itself (at most 0.0")
+
+
+def test_losses_of_routers_are_left_out(tmp_path):
+    folders = [tmp_path / str(seed) for seed in range(2)]
+    for seed, folder in enumerate(folders):
+        write_checkpoint(folder, "linear", seed, router_aux_loss_coef=0.5, output_router_logits=True)
+    series = open_checkpoints([str(folder) for folder in folders])
+    model = load_model(str(folders[0]), series.sources[0].config, dtype=torch.float32, device="cpu", own_code=False)
+    merge = LearnedMerge(model, series.groups([1, 1]))
+    data = Dataset.from_list([{"input_ids": list(range(number, number + 24))} for number in range(3, 23)])
+    settings = _settings("lm", max_steps=1, warmup_steps=0, batch_size=16, learning_rate=1e-9)
+    record = fit_coefficients(merge, model, None, data, settings)
+    tokens = torch.tensor(split(data, settings)[0]["input_ids"])
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(
+            model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        )
+        assert record.steps[0].loss == pytest.approx(expected.item(), rel=1e-4)
+        assert model(tokens, labels=tokens).loss > expected + 0.1
+    assert model.config.router_aux_loss_coef == 0.5
 
 
 @pytest.mark.parametrize("loss", ["bradley_terry", "dpo"])
