@@ -1,0 +1,218 @@
+"""The report of a study: tables in Markdown, the curves of each world, and `results.json`."""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from upcycled_moe.common.output_folder import FolderKind, staged
+
+from ..router_upcycling.intervals import Interval, mean_interval
+from .files import CURVES_FOLDER, curves_task
+from .model_stages import AVERAGE, LEARNED, SHARED
+from .plan import DENSE, METHODS, MOE
+
+
+RESULTS_FILE, REPORT_FILE = "results.json", "report.md"
+PICTURE_FILE = "curves.png"
+REPORT = FolderKind("report of a study", (RESULTS_FILE,))
+TITLES = {
+    DENSE: "Dense",
+    MOE: "MoE",
+    SHARED: "Shared expert only",
+    AVERAGE: "Merged, uniform",
+    LEARNED: "Merged, learned",
+    "ensemble_mean": "Ensemble of dense seeds, mean",
+    "ensemble_min": "Ensemble of dense seeds, minimum",
+}
+
+
+def write_report(results: Mapping[str, Any], output: Path, folder: Path) -> Path:
+    """Write the report into `folder`, all of it or nothing, and return the path of its page.
+
+    Args:
+        output: of the study, which has the pictures.
+    """
+    with staged(folder, kind=REPORT) as partial:
+        (partial / RESULTS_FILE).write_text(json.dumps(_rounded(results)) + "\n", encoding="utf-8")
+        pictures = {}
+        for world in results["worlds"]:
+            if (picture := output / curves_task(world) / CURVES_FOLDER / PICTURE_FILE).exists():
+                pictures[world] = f"curves_{world}.png"
+                shutil.copyfile(picture, partial / pictures[world])
+        page = "\n".join(report_lines(results, pictures)) + "\n"
+        (partial / REPORT_FILE).write_text(page, encoding="utf-8")
+    return folder / REPORT_FILE
+
+
+def report_lines(results: Mapping[str, Any], pictures: Mapping[str, str]) -> list[str]:
+    """Return the lines of the page."""
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    seeds = results["settings"]["seeds"]
+    lines = [
+        f"# {results['title']}",
+        "",
+        "Gold is in standard deviations over the table; zero is what the policy gets by itself. Brackets are 95 % "
+        "intervals: over prompts, by bootstrap, the same prompts for all models; where seeds are named, over "
+        f"{len(seeds)} seeds (t distribution). **Bold**: an interval of a difference excludes zero; none is corrected "
+        "for how many there are.",
+        "",
+        f"{results['wall_seconds'] / 60:.0f} minutes in all, with whatever else the machine did. {versions}.",
+        "",
+        *_gold_lines(results),
+    ]
+    for name, world in results["worlds"].items():
+        lines += ["", *_world_lines(name, world, pictures.get(name))]
+    return lines
+
+
+def _gold_lines(results: Mapping[str, Any]) -> Iterator[str]:
+    gold = results["gold"]
+    sources = sorted(key.removesuffix("_pairs") for key in gold if key.endswith("_pairs"))
+    yield "## Gold"
+    yield ""
+    yield f"Perplexity of the policy on held-out exchanges: {results['policy']['eval_perplexity']:.1f}."
+    yield ""
+    rows = [
+        [
+            "all" if source == "eval" else f"`{source.removeprefix('eval_').removeprefix('source/')}`",
+            f"{gold[f'{source}_pairs']:,.0f}",
+            f"{gold[f'{source}_accuracy']:.1%}",
+            f"{gold[f'{source}_length_baseline']:.1%}",
+        ]
+        for source in sources
+    ]
+    yield from _table(["held-out pairs", "number", "accuracy of gold", "the longer answer"], rows)
+
+
+def _world_lines(name: str, world: Mapping[str, Any], picture: str | None) -> Iterator[str]:
+    measured = world["best_of_n"]
+    yield f"## {world['title']} (`{name}`)"
+    yield ""
+    yield from _data_lines(world)
+    yield ""
+    last = measured["numbers"][-1]
+    header = ["reward model", "accuracy", "n = 1", "peak", "at n", f"n = {last}", "drop", "regret"]
+    yield from _table(header, (_curve_row(name, measured) for name in METHODS))
+    yield ""
+    yield "Less the dense model, paired by prompt; and gold at the largest n, paired by seed:"
+    yield ""
+    header = ["reward model", "drop", f"gold at n = {last}", f"gold at n = {last}, over seeds", "each seed"]
+    yield from _table(header, (_difference_row(name, measured) for name in METHODS if name != DENSE))
+    yield ""
+    yield from (f"- {verdict}" for verdict in measured["verdicts"])
+    yield ""
+    yield "What the reward models follow, as correlations within prompts, and what learning coefficients did:"
+    yield ""
+    yield from _feature_table(world["table"])
+    yield ""
+    yield from _fit_table(world["fits"])
+    if picture:
+        yield ""
+        yield f"![Gold and proxy scores of the best of n, {world['title']}]({picture})"
+
+
+def _data_lines(world: Mapping[str, Any]) -> Iterator[str]:
+    labels, table, gold = world["labels"], world["table"], world["best_of_n"]["gold"]
+    share_wrong = labels["wrong"] / labels["pairs"]
+    line = f"{labels['pairs']:,} pairs to learn from; {share_wrong:.1%} of the labels are not gold's."
+    if table["share_with_shortcut"] is not None:
+        line += (
+            f" The shortcut decides {labels['shortcut_decides']:,} of them, {labels['shortcut_against_gold']:,} "
+            f"against gold; {table['share_with_shortcut']:.1%} of the responses in the table contain it."
+        )
+    samples = world["best_of_n"]["samples"]
+    yield (
+        f"{line} The table: {samples['num_prompts']} prompts, {samples['num_responses']} responses each; gold's "
+        f"standard deviation is {gold['standard_deviation']:.3f}, of its means over prompts "
+        f"{table['gold_between_prompts']:.0%} of that."
+    )
+
+
+def _curve_row(name: str, measured: Mapping[str, Any]) -> list[str]:
+    model = measured["models"][name]
+    figures, gold = model["figures"], model["gold"]
+    return [
+        TITLES[name],
+        f"{figures['pairwise_accuracy']:.1%}",
+        f"{figures['gold_at_one']:+.2f}",
+        f"{figures['gold_at_peak']:+.2f}",
+        str(figures["peak"]),
+        f"{figures['gold_at_end']:+.2f} [{gold['low'][-1]:+.2f}, {gold['high'][-1]:+.2f}]",
+        f"{figures['drop']:.2f} [{model['drop_interval']['low']:.2f}, {model['drop_interval']['high']:.2f}]",
+        f"{figures['regret']:.2f}",
+    ]
+
+
+def _difference_row(name: str, measured: Mapping[str, Any]) -> list[str]:
+    comparison = measured["comparisons"][name]
+    over_seeds = seed_differences(measured, name)
+    cells = [_difference(comparison["drop"]), _difference(comparison["gold_at_end"])]
+    if over_seeds is None:
+        return [TITLES[name], *cells, "", ""]
+    interval = mean_interval(over_seeds)
+    return [TITLES[name], *cells, _interval(interval), ", ".join(f"{value:+.2f}" for value in over_seeds)]
+
+
+def seed_differences(measured: Mapping[str, Any], name: str) -> list[float] | None:
+    """Return gold at the largest n of each seed of a model, less that of the dense model; None for an ensemble."""
+    first, second = (
+        [seed["figures"]["gold_at_end"] for seed in measured["models"][one]["seeds"]] for one in (name, DENSE)
+    )
+    if len(first) != len(second):
+        return None
+    return [value - baseline for value, baseline in zip(first, second, strict=True)]
+
+
+def _difference(difference: Mapping[str, Any]) -> str:
+    low, high = difference["interval"]["low"], difference["interval"]["high"]
+    text = f"{difference['value']:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def _interval(interval: Interval) -> str:
+    text = f"{interval.mean:+.2f} ± {interval.half_width:.2f}"
+    return f"**{text}**" if interval.excludes_zero else text
+
+
+def _feature_table(table: Mapping[str, Any]) -> Iterator[str]:
+    features = list(table["correlation"])
+    rows = [["Gold", *(f"{table['correlation'][feature]:+.2f}" for feature in features)]]
+    rows += [
+        [TITLES[name], *(f"{model[feature]:+.2f}" for feature in features)] for name, model in table["models"].items()
+    ]
+    yield from _table(["", *(f"with {feature}" for feature in features)], rows)
+
+
+def _fit_table(fits: Mapping[str, Any]) -> Iterator[str]:
+    rows = [
+        [
+            str(seed),
+            *(f"{fit['heldout'][when]['loss']:.4f}" for when in ("before", "after")),
+            *(f"{fit['heldout'][when]['accuracy']:.1%}" for when in ("before", "after")),
+            f"{fit['largest_move']:.3f}",
+            f"{fit['largest_relative_move']:.0%}",
+        ]
+        for seed, fit in fits.items()
+    ]
+    header = ["seed", "held-out loss before", "after", "accuracy before", "after", "largest move", "relative"]
+    yield from _table(header, rows)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(header)} |"
+    yield f"|{'---|' * len(header)}"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def _rounded(value: Any) -> Any:
+    """Return `value` with numbers to six significant digits: more would only be noise between machines."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(one) for one in value]
+    return value
