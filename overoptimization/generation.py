@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..common.checkpoints import check_code, load_config, load_model, load_tokenizer
 from ..common.devices import best_device
 from ..common.progress import Progress
 from ..common.settings import SettingsError
+from ..common.text import first_line
 from ..common.text_files import find_text
 from ..preference.pairs import read_pairs
 from ..preference.settings import PairSettings
@@ -120,12 +122,17 @@ def _rendered(
 ) -> dict[int, torch.Tensor]:
     """Return the tokens [1, length] of those prompts, by their number, that leave a place for the response."""
     longest = config.max_position_embeddings - settings.max_new_tokens
-    rendered = {
-        number: tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).input_ids
-        for number, prompt in enumerate(prompts)
-    }
+    try:
+        rendered = {
+            number: tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            ).input_ids
+            for number, prompt in enumerate(prompts)
+        }
+    except TemplateError as error:
+        raise SettingsError(
+            f"{settings.policy.path}: its chat template refuses a prompt ({first_line(error)}); give others."
+        ) from error
     kept = {number: ids for number, ids in rendered.items() if ids.shape[1] <= longest}
     if len(kept) < MIN_PROMPTS:
         raise SettingsError(

@@ -15,11 +15,12 @@ from ..common.output_folder import FolderKind, check_output_folder
 from ..common.pictures import INSTALL, can_draw
 from ..common.progress import Progress
 from ..common.provenance import installed_versions
+from ..common.settings import SettingsError
 from ..preference.scoring import check_gives_one_score
 from .generation import generate_samples, read_prompts, sample_facts
 from .plot import write_plot
 from .results import Results, measure_models
-from .samples import SampleTable, read_samples, table_facts
+from .samples import Messages, SampleTable, read_samples, table_facts
 from .score_table import TABLE_FILE, ScoreTable
 from .scoring import Scorer
 from .settings import OveroptimizationSettings, PolicySettings
@@ -30,10 +31,9 @@ PICTURE_FILE = "curves.png"
 FORMAT = 1
 
 _FILES = (TABLE_FILE, PICTURE_FILE, RESULTS_FILE)
+# A killed run may leave a file half written, under another name.
 MEASUREMENT = FolderKind(
-    "measurement",
-    (RESULTS_FILE, TABLE_FILE),
-    contents=frozenset(_FILES) | {f"{name}.partial" for name in _FILES},
+    "measurement", (TABLE_FILE,), contents=frozenset((*_FILES, *(f"{name}.partial" for name in _FILES)))
 )
 
 
@@ -73,13 +73,7 @@ def measure_overoptimization(
     is_finished = (out / RESULTS_FILE).exists()
     check_output_folder(out, 0, _read(settings), overwrite or not is_finished, MEASUREMENT)
     _check_checkpoints(settings)
-    samples, source = _samples(settings, out, progress)
-    out.mkdir(parents=True, exist_ok=True)
-    if (table_facts(out / TABLE_FILE) or {}).get("sha256") != samples.sha256:
-        # They would stand beside samples that are not theirs.
-        (out / RESULTS_FILE).unlink(missing_ok=True)
-        (out / PICTURE_FILE).unlink(missing_ok=True)
-    table = ScoreTable(samples, out / TABLE_FILE, earlier=[source, out / TABLE_FILE])
+    table = _open_table(settings, out, overwrite, progress)
     scorer = Scorer(table, settings, progress)
     gold = scorer.gold(settings.gold, settings.gold_column)
     results = measure_models(
@@ -89,29 +83,52 @@ def measure_overoptimization(
         num_resamples=settings.num_resamples,
         seed=settings.seed,
     )
-    measurement = Measurement(results, _facts(settings, samples, scorer, gold))
+    measurement = Measurement(results, _facts(settings, table.samples, scorer, gold))
     _write(measurement, out, progress)
     return measurement
 
 
-def _samples(settings: OveroptimizationSettings, out: Path, progress: Progress) -> tuple[SampleTable, Path]:
-    """Return the samples, and the file that they were read from if there is one."""
+def _open_table(settings: OveroptimizationSettings, out: Path, overwrite: bool, progress: Progress) -> ScoreTable:
+    """Return the table in `out`, which is there already or comes to be."""
+    path = out / TABLE_FILE
+    kept, source = table_facts(path), path
     if not isinstance(settings.samples, PolicySettings):
-        return read_samples(settings.samples), settings.samples
-    prompts = read_prompts(settings.samples)
-    kept = (table_facts(out / TABLE_FILE) or {}).get("origin", {})
-    if sample_facts(settings.samples, prompts).items() <= kept.items():
-        progress.tell(f"{out / TABLE_FILE}: its samples are taken.")
-        return read_samples(out / TABLE_FILE), out / TABLE_FILE
-    samples = generate_samples(
-        settings.samples,
+        samples, source = read_samples(settings.samples), settings.samples
+        is_kept = kept is not None and kept["sha256"] == samples.sha256
+        _check_replaceable(out, kept is None or is_kept or overwrite)
+    else:
+        prompts = read_prompts(settings.samples)
+        is_kept = kept is not None and sample_facts(settings.samples, prompts).items() <= kept["origin"].items()
+        _check_replaceable(out, kept is None or is_kept or overwrite)
+        if is_kept:
+            progress.tell(f"{path}: its samples are taken.")
+        samples = read_samples(path) if is_kept else _draw(settings, settings.samples, prompts, progress)
+    out.mkdir(parents=True, exist_ok=True)
+    if not is_kept:
+        # They would stand beside samples that are not theirs.
+        (out / RESULTS_FILE).unlink(missing_ok=True)
+        (out / PICTURE_FILE).unlink(missing_ok=True)
+    return ScoreTable(samples, path, earlier=[source, path])
+
+
+def _check_replaceable(out: Path, is_replaceable: bool) -> None:
+    if not is_replaceable:
+        raise SettingsError(
+            f"{out}: holds scores of other samples; give another folder, or --overwrite to replace them."
+        )
+
+
+def _draw(
+    settings: OveroptimizationSettings, policy: PolicySettings, prompts: list[Messages], progress: Progress
+) -> SampleTable:
+    return generate_samples(
+        policy,
         prompts,
         batch_size=settings.batch_size,
         dtype=settings.dtype,
         trust_remote_code=settings.trust_remote_code,
         progress=progress,
     )
-    return samples, out / TABLE_FILE
 
 
 def _write(measurement: Measurement, out: Path, progress: Progress) -> None:

@@ -101,6 +101,14 @@ def test_a_policy_without_a_chat_template_is_refused(policy, tmp_path):
         drawn(folder)
 
 
+def test_a_prompt_that_the_template_refuses(policy, tmp_path):
+    folder = shutil.copytree(policy, tmp_path / "policy")
+    template = "{{ raise_exception('no systems') if messages[0].role == 'system' else messages[0].content }}"
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(SettingsError, match=r"its chat template refuses a prompt \(no systems\)"):
+        drawn(folder, [[{"role": "system", "content": "be brief"}, *prompt] for prompt in PROMPTS])
+
+
 def test_a_reward_model_is_no_policy(reward_model):
     with pytest.raises(SettingsError, match="is no language model"):
         drawn(reward_model(0))

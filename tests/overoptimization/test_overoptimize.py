@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -179,6 +180,9 @@ def test_other_samples_leave_no_results_of_the_earlier_ones(settings, samples_fi
     monkeypatch.setattr(scoring, "score_conversations", stopping_at(0))
     with pytest.raises(KeyboardInterrupt):
         measure_overoptimization(settings(samples=other), tmp_path / "out", overwrite=True)
+    # What was scored before is not given up without leave either.
+    with pytest.raises(SettingsError, match="holds scores of other samples; give another folder, or --overwrite"):
+        measure_overoptimization(settings(), tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {TABLE_FILE}
     assert read_samples(tmp_path / "out" / TABLE_FILE).sha256 == read_samples(other).sha256
 
@@ -190,7 +194,11 @@ def test_a_policy_draws_once(settings, policy, tmp_path, scored, monkeypatch):
     first = measure_overoptimization(settings(samples=drawing), tmp_path / "out").to_dict()
     assert first["samples"]["origin"]["num_samples"] == 4
     monkeypatch.setattr(overoptimize, "generate_samples", None)
-    again = measure_overoptimization(settings(samples=drawing), tmp_path / "out", overwrite=True).to_dict()
+    # As a run leaves it that is stopped at its end.
+    (tmp_path / "out" / RESULTS_FILE).unlink()
+    with pytest.raises(SettingsError, match="holds scores of other samples"):
+        measure_overoptimization(settings(samples=dataclasses.replace(drawing, temperature=0.5)), tmp_path / "out")
+    again = measure_overoptimization(settings(samples=drawing), tmp_path / "out").to_dict()
     assert again == first
     assert len(scored) == 4
 
@@ -221,6 +229,13 @@ def test_a_folder_of_others_is_not_replaced(settings, tmp_path):
     with pytest.raises(SettingsError, match="holds no measurement"):
         measure_overoptimization(settings(), tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
+
+
+def test_an_evaluation_is_not_replaced(settings, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / RESULTS_FILE).write_text("{}")
+    with pytest.raises(SettingsError, match="holds no measurement"):
+        measure_overoptimization(settings(), tmp_path / "out", overwrite=True)
 
 
 def test_without_matplotlib_there_is_no_picture(settings, tmp_path, monkeypatch):
