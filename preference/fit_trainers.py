@@ -50,7 +50,8 @@ def make_trainer(
     }
     arguments = _arguments(model, settings, folder)
     if settings.loss == "lm":
-        trainer = Trainer(args=TrainingArguments(**arguments), data_collator=collate_blocks, **common)
+        config = _on_one_device(TrainingArguments(**arguments))
+        trainer = Trainer(args=config, data_collator=collate_blocks, **common)
     else:
         trainer = _pair_trainer(tokenizer, settings, reference, arguments, common)
     trainer.remove_callback(PrinterCallback)
@@ -103,11 +104,17 @@ def _pair_trainer(
     common = {**common, "processing_class": tokenizer}
     arguments = {**arguments, "max_length": settings.max_length}
     if settings.loss == "bradley_terry":
-        return RewardTrainer(args=RewardConfig(**arguments), **common)
+        return RewardTrainer(args=_on_one_device(RewardConfig(**arguments)), **common)
     # The log-probabilities of the reference are computed once, so that there is no second model in the steps. Without
     # a reference they are those of the model as it is; trl reads nothing anew then.
     config = DPOConfig(**arguments, beta=settings.beta, precompute_ref_log_probs=True, router_aux_loss_coef=0.0)
-    return DPOTrainer(args=config, ref_model=reference, **common)
+    return DPOTrainer(args=_on_one_device(config), ref_model=reference, **common)
+
+
+def _on_one_device(arguments: TrainingArguments) -> TrainingArguments:
+    """Keep a process that sees several GPUs to one: else the model is wrapped for all, which trl refuses."""
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 @contextmanager
