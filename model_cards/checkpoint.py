@@ -87,6 +87,12 @@ class Checkpoint:
         """Whether it continues text; else it classifies."""
         return self.architecture.endswith("ForCausalLM")
 
+    @property
+    def is_reward_model(self) -> bool:
+        """Whether it gives a conversation one score."""
+        num_labels = self.config.get("num_labels") or len(self.config.get("id2label") or (0, 1))
+        return not self.is_causal_lm and num_labels == 1
+
     @cached_property
     def steps(self) -> list[Mapping[str, Any]]:
         """What was done after the conversion, in order."""

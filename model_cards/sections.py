@@ -62,14 +62,15 @@ def _introduction(checkpoint: Checkpoint) -> str:
 
 
 def _kind(checkpoint: Checkpoint) -> str:
+    kind = "reward" if checkpoint.is_reward_model else "language"
     if checkpoint.num_experts is None:
         if checkpoint.parents:
-            return "A dense language model, made by merging the experts of a Mixture-of-Experts model that was"
-        return "A dense language model"
+            return f"A dense {kind} model, made by merging the experts of a Mixture-of-Experts model that was"
+        return f"A dense {kind} model"
     num_free = sum(checkpoint.config.get(f"num_{kind}_experts") or 0 for kind in ("zero", "copy", "constant"))
     free = f" and {num_free} without computation" if num_free else ""
     return (
-        f"A Mixture-of-Experts model with {checkpoint.num_experts} experts a layer{free}, "
+        f"A Mixture-of-Experts {'reward ' * checkpoint.is_reward_model}model with {checkpoint.num_experts} experts a layer{free}, "
         f"{num_active_experts(checkpoint)} of them active for each token,"
     )
 
@@ -100,6 +101,7 @@ def _use(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "auto_class": "AutoModelForCausalLM" if checkpoint.is_causal_lm else "AutoModelForSequenceClassification",
         "is_classifier": not checkpoint.is_causal_lm,
+        "is_reward_model": checkpoint.is_reward_model,
         "has_tokenizer": checkpoint.has_tokenizer,
         # What Transformers knows by itself runs no code that comes along.
         "trust": ", trust_remote_code=True" if checkpoint.is_upcycled else "",
@@ -161,9 +163,19 @@ def _training(checkpoint: Checkpoint) -> dict[str, Any] | None:
             for name, value in (step.get("settings") or {}).items()
         },
         "evaluation": rows,
+        "preference": _preference(step),
         "evaluated": evaluated_at(step),
         "routers": routers,
     }
+
+
+def _preference(step: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the rows of an evaluation on preference pairs; that of all pairs comes last, if there are others."""
+    patterns = {"pairs": ",d", "accuracy": ".3f", "length_baseline": ".3f", "margin": ".3f", "loss": ".4f"}
+    return [
+        {"source": source, **{name: number(figures.get(name), pattern) for name, pattern in patterns.items()}}
+        for source, figures in sorted((step.get("preference") or {}).items(), key=lambda row: row[0] == "all")
+    ]
 
 
 def number(value: float | None, pattern: str, plus: float = 0) -> str:

@@ -48,8 +48,12 @@ def _train(step: Mapping[str, Any]) -> str:
         text += f" (the best of {plural(step['best_of_steps'], 'step')})"
     if step.get("tokens"):
         text += f", {step['tokens']:,} tokens"
+    if step.get("pairs"):
+        text += f", {plural(step['pairs'], 'preference pair')}"
     if step.get("data"):
         text += f", on {listed(step['data'])}"
+    if (pairs := (step.get("preference") or {}).get("all")) is not None:
+        text += f"; right on {pairs['accuracy']:.1%} of pairs{evaluated_at(step)}"
     if (loss := step.get("evaluation", {}).get("all")) is not None:
         text += f"; validation loss {loss:.4f}{evaluated_at(step)}"
     return f"{text}."

@@ -29,6 +29,7 @@ SHAPES = {
     "Qwen/Qwen1.5-0.5B": shape(1024, 2816, 16, 16, False),
     "Qwen/Qwen1.5-1.8B": shape(2048, 5504, 16, 16, False),
     "Qwen/Qwen2.5-0.5B": shape(896, 4864, 14, 2, True),
+    "Skywork/Skywork-Reward-V2-Qwen3-0.6B": shape(1024, 3072, 16, 8, True),
 }
 RECIPES = packaged_recipes()
 
@@ -65,6 +66,7 @@ OTHERS = {
     "dynamic_top_p": ("exact", True),
     "zero_computation": ("none", True),
     "xft": ("exact", True),
+    "umm_rm": ("exact", True),
     "branch_train_mix": ("none", True),
     "domain_routers": ("none", True),
 }

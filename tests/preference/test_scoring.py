@@ -187,14 +187,12 @@ def test_a_checkpoint_that_is_no_reward_model_is_refused(fields, said, tmp_path)
 def test_long_conversations_lose_their_beginning_and_that_is_said():
     tokenizer, model = qwen_tokenizer(), reward_model("dense")
     set_padding(tokenizer, model, "m")
-    warnings, max_length = Warnings(), 60
-    scores = score_conversations(model, tokenizer, CONVERSATIONS, max_length=max_length, progress=warnings)
     sequences = [conversation_ids(tokenizer, one) for one in CONVERSATIONS]
-    num_long = sum(len(tokens) > max_length for tokens in sequences)
+    warnings, max_length = Warnings(), sorted(map(len, sequences))[2]
+    scores = score_conversations(model, tokenizer, CONVERSATIONS, max_length=max_length, progress=warnings)
 
-    assert 0 < num_long < len(sequences)
     assert scores == pytest.approx([naive_score(model, tokens[-max_length:]) for tokens in sequences], abs=1e-4)
-    assert f"{num_long} of 5 conversations are longer than max_length=20" in warnings.messages[0]
+    assert f"2 of 5 conversations are longer than max_length={max_length}" in warnings.messages[0]
 
 
 def pair(chosen, rejected):

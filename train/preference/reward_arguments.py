@@ -172,11 +172,11 @@ def _check(given: dict[str, Any]) -> None:
     if given.get("eval_strategy") is None:
         has_steps = given.get("eval_data") and given.get("eval_steps") is not None
         given["eval_strategy"] = "steps" if has_steps else "no"
-    asking = [
-        name for name in ("eval_strategy", "eval_on_start", "eval_steps") if given.get(name) not in (None, "no", False)
-    ]
-    if asking and not given.get("eval_data"):
-        raise SettingsError(f"{asking[0]}={given[asking[0]]} asks for evaluation, but eval_data is missing; give it.")
+    if not given.get("eval_data"):
+        # Shipped settings ask for it wherever there is something to evaluate.
+        given["eval_on_start"] = False
+        if given["eval_strategy"] != "no":
+            raise SettingsError(f"eval_strategy={given['eval_strategy']} needs eval_data, which is missing.")
 
 
 def resolved_settings(arguments: RewardArguments) -> dict[str, Any]:
