@@ -1,6 +1,6 @@
 """Rounds of DPO from the command line: what they write, what they are held to, and going on after a stop."""
 
-import importlib.util
+import copy
 import json
 import os
 import signal
@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense_checkpoints import folder_hashes, write_dense
+from dense_checkpoints import byte_level_tokenizer, folder_hashes, write_dense
+from moe_checkpoints import write_checkpoint
 from safetensors.torch import load_file
 from training_runs import ROOT, command_line
 
+from upcycled_moe.preference.scoring import load_reward_model, score_conversations
+from upcycled_moe.train import iterative_dpo
 from upcycled_moe.train.preference import dpo_trainer, references, rounds
 from upcycled_moe.train.preference.round_pairs import read_rows
 
@@ -54,16 +57,6 @@ def write_pairs(path: Path, num_pairs: int) -> Path:
 
 
 @pytest.fixture(scope="session")
-def script():
-    """The module of the script, which no package holds."""
-    path = ROOT / "train" / "iterative_dpo.py"
-    spec = importlib.util.spec_from_file_location("iterative_dpo_script", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "template.jinja").write_text(TEMPLATE, encoding="utf-8")
@@ -76,10 +69,10 @@ def inputs(tmp_path_factory) -> dict:
 
 
 @pytest.fixture(scope="session")
-def finished(script, inputs, tmp_path_factory) -> Path:
+def finished(inputs, tmp_path_factory) -> Path:
     """The folder of a run that nothing stopped."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    assert script.main(command_line({**inputs, "output_dir": folder})) == 0
+    assert iterative_dpo.main(command_line({**inputs, "output_dir": folder})) == 0
     return folder
 
 
@@ -169,7 +162,7 @@ STOPS = {
     "in a second file": (rounds, "write_rows", 2),
     "between checkpoints of the first round": (dpo_trainer.RoundTrainer, "training_step", 4),
     "as a checkpoint is written": (dpo_trainer.RoundTrainer, "_add_to_checkpoint", 1),
-    "as a policy is written": (rounds, "write_card", 1),
+    "as a policy is written": (rounds, "write_provenance", 1),
     "with a policy that is not measured": (rounds, "pair_figures", 1),
     "with a reference that is learned and not noted": (references, "fit_coefficients", 1),
     "with a reference that is noted and not written": (references, "open_checkpoints", 2),
@@ -177,7 +170,7 @@ STOPS = {
 }
 
 
-def test_a_run_that_is_stopped_anywhere_ends_in_the_same_files(script, inputs, finished, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_anywhere_ends_in_the_same_files(inputs, finished, tmp_path, monkeypatch):
     arguments = command_line({**inputs, "output_dir": tmp_path / "out"})
     # Pictures are not compared, and take long.
     monkeypatch.setattr("upcycled_moe.common.pictures.can_draw", lambda: False)
@@ -186,7 +179,7 @@ def test_a_run_that_is_stopped_anywhere_ends_in_the_same_files(script, inputs, f
         with monkeypatch.context() as patch:
             stop(patch, *place)
             with pytest.raises(StoppedError):
-                script.main(arguments)
+                iterative_dpo.main(arguments)
     with monkeypatch.context() as patch:
         training_step = dpo_trainer.RoundTrainer.training_step
 
@@ -195,15 +188,15 @@ def test_a_run_that_is_stopped_anywhere_ends_in_the_same_files(script, inputs, f
             return training_step(*args, **kwargs)
 
         patch.setattr(dpo_trainer.RoundTrainer, "training_step", signalled)
-        assert script.main(arguments) == 143
+        assert iterative_dpo.main(arguments) == 143
     assert (tmp_path / "out" / "round-2" / "training" / "checkpoint-1").is_dir()
-    assert script.main(arguments) == 0
+    assert iterative_dpo.main(arguments) == 0
     assert results(tmp_path / "out") == results(finished)
 
 
-def test_a_finished_run_only_shows_its_figures(script, inputs, finished, capsys):
+def test_a_finished_run_only_shows_its_figures(inputs, finished, capsys):
     before = folder_hashes(finished)
-    assert script.main(command_line({**inputs, "output_dir": finished})) == 0
+    assert iterative_dpo.main(command_line({**inputs, "output_dir": finished})) == 0
     assert capsys.readouterr().out.splitlines()[0].split()[:2] == ["round", "accuracy"]
     assert folder_hashes(finished).keys() == before.keys()
 
@@ -225,18 +218,62 @@ def test_a_finished_run_only_shows_its_figures(script, inputs, finished, capsys)
         ({"chat_template": "missing.jinja"}, "chat_template=missing.jinja: cannot be read"),
     ],
 )
-def test_bad_settings_are_one_line(script, inputs, finished, tmp_path, capsys, changed, message):
+def test_bad_settings_are_one_line(inputs, finished, tmp_path, capsys, changed, message):
     folder = finished if "beta" in changed else tmp_path / "out"
-    assert script.main(command_line({**inputs, "output_dir": folder, **changed})) == 2
+    assert iterative_dpo.main(command_line({**inputs, "output_dir": folder, **changed})) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if message in line]
     assert line.startswith("iterative_dpo.py: ")
 
 
-def test_a_folder_of_something_else_is_left_alone(script, inputs, tmp_path, capsys):
+def test_a_folder_of_something_else_is_left_alone(inputs, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    assert script.main(command_line({**inputs, "output_dir": tmp_path})) == 2
+    assert iterative_dpo.main(command_line({**inputs, "output_dir": tmp_path})) == 2
     assert "is not empty and holds no run of iterative DPO" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.fixture(scope="session")
+def reward_model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("reward_model")
+    write_checkpoint(folder, "classifier", num_labels=1)
+    tokenizer = copy.deepcopy(byte_level_tokenizer())
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_mixture_of_experts_learns_from_its_own_answers(inputs, reward_model, tmp_path):
+    settings = inputs | {
+        "model_name_or_path": write_checkpoint(tmp_path / "moe", "shared", router_aux_loss_coef=0.01),
+        "output_dir": tmp_path / "out",
+        "num_rounds": 1,
+        "reference": "last",
+        "round_data": "on_policy",
+        "reward_model": reward_model,
+        "samples_per_prompt": 3,
+        "max_new_tokens": 6,
+        "eval_samples": 3,
+        "eval_reward_model": reward_model,
+    }
+    assert iterative_dpo.main(command_line(settings)) == 0
+    round_1 = tmp_path / "out" / "round-1"
+    pairs = read_rows(round_1 / "pairs.parquet")
+    assert 0 < len(pairs) <= 17
+    for side, column in enumerate(("chosen", "rejected")):
+        conversations = [pair["prompt"] + pair[column] for pair in pairs]
+        scores = score_conversations(*load_reward_model(str(reward_model), device="cpu"), conversations)
+        assert scores == pytest.approx([rewards[side] for rewards in pairs["rewards"]], abs=1e-4)
+    assert all(best > worst for best, worst in pairs["rewards"])
+    log = json.loads((round_1 / "training_log.json").read_text())
+    assert all(step["router_loss"] > 0 and step["aux_loss"] > 0 for step in log)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rounds.jsonl").read_text().splitlines()]
+    assert rows[0]["divergence"] == 0
+    assert rows[1]["divergence"] != 0
+    assert len(read_rows(round_1 / "eval_answers.parquet")["reward"]) == 3
+    before, after = weights(tmp_path / "moe"), weights(round_1 / "policy")
+    routers = [name for name in before if ".mlp.gate." in name]
+    assert routers
+    assert not any(torch.equal(before[name], after[name]) for name in routers)
 
 
 def test_help_imports_nothing_heavy(warm_python):

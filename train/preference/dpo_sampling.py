@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .log_probabilities import Answer, Tokens, over_processes, prompt_tokens
+from .log_probabilities import Answer, Tokens, prompt_tokens
+from .processes import over_processes
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,19 @@
 Dimensions: S tokens of a sequence, A tokens of an answer, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...common.progress import Progress
 from ...common.settings import SettingsError
+from .processes import over_processes
 
 
 Tokens = list[int]
-Result = TypeVar("Result")
 
 
 class Answer(NamedTuple):
@@ -154,11 +152,3 @@ class AnswerScorer:
         log_probs = model.get_output_embeddings()(hidden_states).float().log_softmax(dim=-1)  # [A, V]
         targets = torch.tensor(answer, device=log_probs.device)
         return log_probs.gather(1, targets[:, None]).double().sum().item()
-
-
-def over_processes(function: Callable[[Any], Result], batches: Sequence[Any]) -> list[Result]:
-    """Return `function` of each of `batches`, which the processes share among them, in order."""
-    state = PartialState()
-    mine = [function(batch) for batch in batches[state.process_index :: state.num_processes]]
-    shares = gather_object([mine])
-    return [shares[index % len(shares)][index // len(shares)] for index in range(len(batches))]

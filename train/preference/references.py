@@ -24,6 +24,7 @@ from ...preference.fit_record import FitRecord
 from ...preference.fitting import fit_coefficients
 from ...preference.settings import FitSettings
 from .dpo_arguments import IterativeDPOArguments
+from .processes import of_first_process
 
 
 def last_coefficients(num_policies: int, decay: float) -> list[float]:
@@ -78,7 +79,7 @@ def make_reference(
         load: gives the model of a folder.
     """
     file, folder = round_folder / REFERENCE_FILE, round_folder / "reference"
-    if not file.is_file():
+    if not of_first_process(file.is_file):
         kind, decay = arguments.rounds.reference, arguments.rounds.ema_decay
         result: dict[str, Any] = {"reference": kind}
         if len(policies) == 1:
@@ -97,7 +98,7 @@ def make_reference(
                 write_text(partial, json.dumps(result, indent=1) + "\n")
         state.wait_for_everyone()
     coefficients = reference_coefficients(round_folder)
-    if only_policy(coefficients) is None and not folder.is_dir() and state.is_main_process:
+    if state.is_main_process and only_policy(coefficients) is None and not folder.is_dir():
         series = open_checkpoints([str(policy) for policy in policies])
         write_merged(series, coefficients, folder, progress=progress, finish=write_card)
     state.wait_for_everyone()

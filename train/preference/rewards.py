@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-
 from ...common.progress import Progress
 from ...preference.scoring import load_reward_model, score_conversations
+from .processes import of_first_process
 
 
 def score_answers(
@@ -21,15 +19,21 @@ def score_answers(
     Raises:
         SettingsError: if `reward_model` is no reward model.
     """
-    shared = [None]
-    if PartialState().is_main_process:
-        conversations = [
-            [*prompt, {"role": "assistant", "content": text}]
-            for prompt, texts in zip(prompts, answers, strict=True)
-            for text in texts
-        ]
-        model, tokenizer = load_reward_model(reward_model)
-        scores = iter(score_conversations(model, tokenizer, conversations, batch_size=batch_size, progress=progress))
-        shared = [[[next(scores) for _ in texts] for texts in answers]]
-    broadcast_object_list(shared)
-    return shared[0]
+    return of_first_process(lambda: _scored(reward_model, prompts, answers, batch_size, progress))
+
+
+def _scored(
+    reward_model: str,
+    prompts: Sequence[list[dict[str, str]]],
+    answers: Sequence[Sequence[str]],
+    batch_size: int,
+    progress: Progress,
+) -> list[list[float]]:
+    conversations = [
+        [*prompt, {"role": "assistant", "content": text}]
+        for prompt, texts in zip(prompts, answers, strict=True)
+        for text in texts
+    ]
+    model, tokenizer = load_reward_model(reward_model)
+    scores = iter(score_conversations(model, tokenizer, conversations, batch_size, progress=progress))
+    return [[next(scores) for _ in texts] for texts in answers]

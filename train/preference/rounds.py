@@ -32,12 +32,14 @@ from ...common.output_folder import staged
 from ...common.progress import Progress
 from ...common.provenance import read_provenance, recorded_name, with_step, write_provenance
 from ...common.streaming.fetch import locate
+from ...common.text import first_line
 from ...model_cards.card import write_card
 from .dpo_arguments import IterativeDPOArguments
 from .dpo_sampling import Sampling, answer_text, sample_answers
 from .dpo_trainer import train_round
 from .log_probabilities import Answer, AnswerScorer, TokenizedPairs, prompt_tokens, tell_lengths, tokenize_pairs
 from .policies import load_policy, load_tokenizer
+from .processes import of_first_process
 from .references import make_reference, reference_coefficients, reference_folder
 from .rewards import score_answers
 from .round_figures import pair_figures, sample_figures
@@ -58,10 +60,11 @@ class Rounds:
 
     def __init__(self, arguments: IterativeDPOArguments, progress: Progress):
         self.arguments = arguments
-        self.progress = progress
         self.training = arguments.training
         self.folder = Path(self.training.output_dir)
         self.state = PartialState()
+        # What all processes do one of them tells.
+        self.progress = progress if self.state.is_main_process else Progress()
         policy = arguments.policy
         self.start, self.revision = locate(policy.model_name_or_path, policy.model_revision)
         self.tokenizer = load_tokenizer(self.start, policy)
@@ -114,7 +117,7 @@ class Rounds:
 
     def _write_pairs(self, number: int) -> None:
         path = self._round(number) / "pairs.parquet"
-        if path.is_file():
+        if of_first_process(path.is_file):
             return
         pairs = self.pairs.rounds[number - 1]
         if self.arguments.rounds.round_data == "on_policy":
@@ -168,7 +171,7 @@ class Rounds:
 
     def _write_reference_log_probs(self, number: int) -> None:
         path = self._round(number) / "reference_log_probs.parquet"
-        if path.is_file():
+        if of_first_process(path.is_file):
             return
         self._tell(number, "scoring its pairs under the reference")
         policies = [self.policy_folder(index) for index in range(number)]
@@ -190,7 +193,7 @@ class Rounds:
 
     def _train(self, number: int) -> None:
         folder, training_folder = self.policy_folder(number), self._round(number) / "training"
-        if not folder.is_dir():
+        if not of_first_process(folder.is_dir):
             pairs = self._tokenized_pairs(number).rows
             scores = read_rows(self._round(number) / "reference_log_probs.parquet")
             for column in scores.column_names:
@@ -238,11 +241,18 @@ class Rounds:
             if number == 1:
                 step["source"] = {"name": recorded_name(name, self.start), "revision": self.revision}
             write_provenance(folder, with_step(read_provenance(before), "iterative_dpo", **step))
+            self._write_card(folder, before)
+
+    def _write_card(self, folder: Path, before: Path) -> None:
+        try:
             write_card(folder, before)
+        # Whatever it is: a round of training is not lost for a card.
+        except Exception as error:
+            self.progress.warn(f"{folder.name}: no card is written ({first_line(error)}).")
 
     def _measure(self, number: int) -> None:
         path = self._round(number) / "figures.json"
-        if path.is_file():
+        if of_first_process(path.is_file):
             return
         self._tell(number, "measuring the policy")
         pairs = tokenize_pairs(self.pairs.evaluation, self.tokenizer, self.training.max_length, "eval_data")
@@ -286,5 +296,4 @@ class Rounds:
         return sample_figures(scores, start, [len(answer.answer) for answer in answers], rewards)
 
     def _tell(self, number: int, message: str) -> None:
-        if self.state.is_main_process:
-            self.progress.tell(f"round {number}: {message}")
+        self.progress.tell(f"round {number}: {message}")
