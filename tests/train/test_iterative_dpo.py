@@ -4,6 +4,8 @@ import copy
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -286,3 +288,33 @@ def test_help_imports_nothing_heavy(warm_python):
     assert done.returncode == 0, done.stderr
     assert "reference" in done.stdout
     assert done.stdout.splitlines()[-1] == "False False"
+
+
+def run_in_two_processes(settings: dict) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = str(ROOT / "train" / "iterative_dpo.py")
+    done = subprocess.run([*launcher, script, *command_line(settings)], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Policy of the last round") == 1
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_processes_do_what_one_does_with_twice_the_accumulation(inputs, tmp_path):
+    settings = inputs | {"reference": "uniform", "max_grad_norm": 0.0}
+    run_in_two_processes(settings | {"output_dir": tmp_path / "two"})
+    one = settings | {"output_dir": tmp_path / "one", "gradient_accumulation_steps": 2}
+    assert iterative_dpo.main(command_line(one)) == 0
+    expected, policy = (weights(tmp_path / folder / "round-2" / "policy") for folder in ("one", "two"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(policy[name], tensor, rtol=0, atol=2e-4)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_processes_learn_one_reference(inputs, tmp_path):
+    run_in_two_processes(inputs | {"output_dir": tmp_path / "two"})
+    round_2 = tmp_path / "two" / "round-2"
+    assert json.loads((round_2 / "reference.json").read_text())["fit"]["largest_relative_move"] > 0.01
+    assert (round_2 / "policy" / "config.json").is_file()
+    assert not (round_2 / "merge_pairs").exists()

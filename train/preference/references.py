@@ -4,7 +4,9 @@ Dimensions: K policies of the trajectory, π_0 to π_{K-1}.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,8 @@ def make_reference(
         elif kind in FIXED_REFERENCES:
             result["coefficients"] = {"model": FIXED_REFERENCES[kind](len(policies), decay)}
         else:
-            record = _learned(policies, arguments, pairs, load, tokenizer, progress)
+            with _on_disk(pairs, round_folder / "merge_pairs", state) as shared:
+                record = _learned(policies, arguments, shared, load, tokenizer, progress)
             free_memory()
             result |= {"coefficients": dict(record.final), "fit": record.to_dict()}
             if state.is_main_process and can_draw():
@@ -113,6 +116,19 @@ def reference_folder(round_folder: Path, policies: Sequence[Path]) -> Path:
 def reference_coefficients(round_folder: Path) -> dict[str, list[float]]:
     """Return what each policy counts [K] in the reference of a round, by group of weights."""
     return json.loads((round_folder / REFERENCE_FILE).read_text(encoding="utf-8"))["coefficients"]
+
+
+@contextmanager
+def _on_disk(pairs: Dataset, folder: Path, state: PartialState) -> Iterator[Dataset]:
+    """Give `pairs` in files beside which trl's processes find what the first of them has computed."""
+    if state.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        pairs.save_to_disk(folder)
+    state.wait_for_everyone()
+    yield Dataset.load_from_disk(folder)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        shutil.rmtree(folder)
 
 
 def _learned(
