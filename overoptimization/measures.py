@@ -54,11 +54,17 @@ class Figures:
 
 @dataclass(frozen=True)
 class SeedResult:
-    """One reward model by itself: its curves [C] and figures."""
+    """One reward model by itself: its curves [C], figures, and the interval of the drop."""
 
     gold: list[float]
     proxy: list[float]
     figures: Figures
+    drop_interval: Interval
+
+    @property
+    def overoptimizes(self) -> bool:
+        """Whether gold falls for certain: the interval of the drop is above zero."""
+        return self.drop_interval.low > 0
 
 
 @dataclass(frozen=True)
@@ -120,19 +126,21 @@ def measure(scores: np.ndarray, gold: np.ndarray, numbers: Sequence[int], weight
     oracle = float(gold.max(axis=1).mean())
     agreements = [(_pairwise_accuracy(proxy, gold), _correlation(proxy, gold)) for proxy in proxies]
     seeds = [
-        SeedResult(by_gold.tolist(), by_proxy.tolist(), _figures(by_gold, by_proxy, numbers, oracle, *agreement))
-        for by_gold, by_proxy, agreement in zip(
-            gold_curves.mean(axis=1), proxy_curves.mean(axis=1), agreements, strict=True
+        SeedResult(
+            gold=by_gold.mean(axis=0).tolist(),
+            proxy=by_proxy.mean(axis=0).tolist(),
+            figures=_figures(by_gold.mean(axis=0), by_proxy.mean(axis=0), numbers, oracle, *agreement),
+            drop_interval=_drop_interval(by_gold, weights),
         )
+        for by_gold, by_proxy, agreement in zip(gold_curves, proxy_curves, agreements, strict=True)
     ]
     per_prompt, proxy_per_prompt = gold_curves.mean(axis=0), proxy_curves.mean(axis=0)  # [P, C]
     agreement = map(_mean, zip(*agreements, strict=True))
-    falls = per_prompt - per_prompt[:, -1:]
     return ModelResult(
         gold=_curve(per_prompt, weights),
         proxy=_curve(proxy_per_prompt, weights),
         figures=_figures(per_prompt.mean(axis=0), proxy_per_prompt.mean(axis=0), numbers, oracle, *agreement),
-        drop_interval=interval_of_largest(falls.mean(axis=0), weights @ falls),
+        drop_interval=_drop_interval(per_prompt, weights),
         seeds=seeds,
         gold_per_prompt=per_prompt,
     )
@@ -148,6 +156,11 @@ def compare(model: ModelResult, baseline: ModelResult, weights: np.ndarray) -> C
         gold_at_end=_difference(at_end - other_at_end, weights),
         drop=_difference((at_peak - at_end) - (other_at_peak - other_at_end), weights),
     )
+
+
+def _drop_interval(per_prompt: np.ndarray, weights: np.ndarray) -> Interval:
+    falls = per_prompt - per_prompt[:, -1:]
+    return interval_of_largest(falls.mean(axis=0), weights @ falls)
 
 
 def _difference(per_prompt: np.ndarray, weights: np.ndarray) -> Difference:

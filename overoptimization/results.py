@@ -72,18 +72,19 @@ class Results:
 
     def _verdict_of_baseline(self) -> str:
         baseline = self.models[self.baseline]
+        drop = f"{_drop(baseline, self.numbers[-1])}{_seeds(baseline)}"
         if baseline.overoptimizes:
-            return f"{self.baseline}, the baseline, over-optimises: {_drop(baseline, self.numbers[-1])}."
+            return f"{self.baseline}, the baseline, over-optimises: {drop}."
         return (
-            f"{self.baseline}, the baseline, does not over-optimise here: {_drop(baseline, self.numbers[-1])}. There "
-            "is nothing that another model could reduce; more responses or worse labels may bring it out."
+            f"{self.baseline}, the baseline, does not over-optimise here: {drop}. There is nothing that another model "
+            "could reduce; more responses or worse labels may bring it out."
         )
 
     def _verdict(self, name: str) -> str:
         model, comparison = self.models[name], self.comparisons[name]
         if not self.models[self.baseline].overoptimizes:
             outcome = "over-optimises" if model.overoptimizes else "does not over-optimise either"
-            return f"{name} {outcome}: {_drop(model, self.numbers[-1])}."
+            return f"{name} {outcome}: {_drop(model, self.numbers[-1])}{_seeds(model)}."
         drop, at_end = comparison.drop, comparison.gold_at_end
         if self.reduces(name):
             outcome = f"loses less than {self.baseline}"
@@ -132,6 +133,13 @@ def _drop(model: ModelResult, last: int) -> str:
     if figures.peak == last:
         return f"gold still rises at n = {last}, to {figures.gold_at_end:+.3f}"
     return f"gold falls by {figures.drop:.3f} {model.drop_interval} from n = {figures.peak} to {last}"
+
+
+def _seeds(model: ModelResult) -> str:
+    """Return how many of several seeds over-optimise: their mean may hide one that does."""
+    if len(model.seeds) == 1:
+        return ""
+    return f"; {sum(seed.overoptimizes for seed in model.seeds)} of {len(model.seeds)} seeds do by themselves"
 
 
 def _model_dict(model: ModelResult) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def test_the_figures_of_seeds_are_their_own_and_the_curve_is_their_mean(world):
     model = measured(world, "hacked").models["hacked"]
     alone = [measured({**world, "hacked": seed[None]}, "hacked").models["hacked"] for seed in world["hacked"]]
     assert [seed.figures for seed in model.seeds] == [one.figures for one in alone]
+    assert [seed.drop_interval for seed in model.seeds] == [one.drop_interval for one in alone]
     np.testing.assert_allclose(model.gold.values, np.mean([one.gold.values for one in alone], axis=0), atol=1e-12)
     np.testing.assert_allclose(model.proxy.values, np.mean([seed.proxy for seed in model.seeds], axis=0), atol=1e-12)
 
@@ -98,6 +99,16 @@ def test_it_says_what_happens(world):
     first, second = measured(world, "hacked", "sound").verdicts()
     assert first.startswith("hacked, the baseline, over-optimises: gold falls by ")
     assert second.startswith("sound loses less than hacked: its drop differs by -")
+
+
+def test_it_says_what_the_mean_of_seeds_hides(world):
+    hacked, sound = world["hacked"], world["sound"]
+    mixed = np.stack([sound[0], sound[1], hacked[2]])
+    results = measured(world | {"mixed": mixed}, "sound", "mixed", "noise")
+    first, second, third = results.verdicts()
+    assert "; 0 of 3 seeds do by themselves. There is nothing" in first
+    assert second.endswith("; 1 of 3 seeds do by themselves.")
+    assert "seeds" not in third
 
 
 def test_it_says_that_nothing_can_be_reduced(world):
