@@ -1,8 +1,10 @@
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
+from upcycled_moe.overoptimization.bootstrap import Interval
 from upcycled_moe.overoptimization.curves import kl_upper_bound
 from upcycled_moe.overoptimization.measures import measure
 from upcycled_moe.overoptimization.results import measure_models
@@ -99,6 +101,15 @@ def test_it_says_what_happens(world):
     first, second = measured(world, "hacked", "sound").verdicts()
     assert first.startswith("hacked, the baseline, over-optimises: gold falls by ")
     assert second.startswith("sound loses less than hacked: its drop differs by -")
+
+
+def test_nothing_is_reduced_unless_the_baseline_over_optimises_for_certain(world):
+    results = measured(world, "hacked", "sound")
+    doubtful = dataclasses.replace(results.models["hacked"], drop_interval=Interval(0.0, 1.0))
+    results = dataclasses.replace(results, models=results.models | {"hacked": doubtful})
+    assert results.comparisons["sound"].drop.interval.high < 0
+    assert not results.reduces("sound")
+    assert results.to_dict()["comparisons"]["sound"]["reduces_overoptimization"] is False
 
 
 def test_it_says_what_the_mean_of_seeds_hides(world):
