@@ -69,8 +69,9 @@ def _kind(checkpoint: Checkpoint) -> str:
         return f"A dense {kind} model"
     num_free = sum(checkpoint.config.get(f"num_{kind}_experts") or 0 for kind in ("zero", "copy", "constant"))
     free = f" and {num_free} without computation" if num_free else ""
+    what = "reward model" if checkpoint.is_reward_model else "model"
     return (
-        f"A Mixture-of-Experts {'reward ' * checkpoint.is_reward_model}model with {checkpoint.num_experts} experts a layer{free}, "
+        f"A Mixture-of-Experts {what} with {checkpoint.num_experts} experts a layer{free}, "
         f"{num_active_experts(checkpoint)} of them active for each token,"
     )
 
