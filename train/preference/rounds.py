@@ -157,6 +157,9 @@ class Rounds:
         return sample_answers(model, self.tokenizer, [prompt[-room:] for prompt in tokens], sampling, seed)
 
     def _write_reference(self, number: int) -> None:
+        # It serves for nothing else, and may have been deleted since.
+        if of_first_process((self._round(number) / "reference_log_probs.parquet").is_file):
+            return
         policies = [self.policy_folder(index) for index in range(number)]
         make_reference(
             self._round(number),
