@@ -8,17 +8,14 @@ time, 2 wrong settings or input, 130 interrupted.
 """
 
 import argparse
-import fcntl
 import os
 import sys
-from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 
 from upcycled_moe.common.settings import SettingsError
 
-from ..router_upcycling.tasks import TaskError, run_tasks
+from ..router_upcycling.tasks import TaskError, locked, run_tasks
 from .plan import study_tasks
 from .report import write_report
 from .results import collect_results
@@ -28,7 +25,6 @@ from .settings import StudySettings, load_study
 PROGRAM = "studies.reward_hacking"
 DATA = Path("../shared/data/preference")
 REPORT_FOLDER = "report"
-LOCK_FILE = "study.lock"
 
 
 def main(argv: list[str]) -> int:
@@ -72,24 +68,10 @@ def run_study(study: StudySettings, data: Path, output: Path, num_workers: int) 
     """
     tasks = study_tasks(study, data)
     _set_environment(output)
-    with _locked(output):
+    with locked(output):
         run_tasks(tasks, output, num_workers, keep_bulky=True)
         report = write_report(collect_results(study, tasks, output), output, output / REPORT_FOLDER)
     print(f"Report: {report}")
-
-
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Hold `output` for this command alone; the kernel gives it back when the command ends, however it ends."""
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TaskError(
-                f"{output}: another study is written there; wait for it, or give another --output."
-            ) from None
-        yield
 
 
 def _set_environment(output: Path) -> None:

@@ -8,12 +8,9 @@ time, 2 wrong settings or input, 130 interrupted.
 """
 
 import argparse
-import fcntl
 import os
 import sys
-from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 
 from checks import check_models_and_training
@@ -21,14 +18,13 @@ from plan import study_tasks
 from study_report import write_report
 from study_results import collect_results
 from study_settings import StudySettings, load_study
-from tasks import TaskError, run_tasks, tasks_to_do
+from tasks import TaskError, locked, run_tasks, tasks_to_do
 
 from upcycled_moe.common.settings import SettingsError
 
 
 DATA = Path("../shared/data/pretrain")
 REPORT_FOLDER = "report"
-LOCK_FILE = "study.lock"
 
 
 def main(argv: list[str]) -> int:
@@ -82,24 +78,10 @@ def run_study(study: StudySettings, data: Path, output: Path, num_workers: int) 
     _set_environment(output)
     if tasks_to_do(tasks, output):
         check_models_and_training(study)
-    with _locked(output):
+    with locked(output):
         run_tasks(tasks, output, num_workers, keep_bulky=study.keep_checkpoints)
         report = write_report(study, collect_results(study, tasks, output), output / REPORT_FOLDER)
     print(f"Report: {report}")
-
-
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Hold `output` for this command alone; the kernel gives it back when the command ends, however it ends."""
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TaskError(
-                f"{output}: another study is written there; wait for it, or give another --output."
-            ) from None
-        yield
 
 
 def _set_environment(output: Path) -> None:

@@ -1,6 +1,7 @@
 """Tasks that write a folder each, once: run in parallel, in the order that they need each other."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -10,7 +11,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from upcycled_moe.common.settings import SettingsError
 
 TASK_FILE = "task.json"
 LOG_FOLDER = "logs"
+LOCK_FILE = "study.lock"
 TASK_FOLDER = FolderKind("result of a task", (TASK_FILE,))
 
 # Settings of the task, its input folders and files by name, and the folder to write.
@@ -97,6 +99,24 @@ def made_with(folder: Path) -> str | None:
         return json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))["fingerprint"]
     except (OSError, ValueError, KeyError):
         return None
+
+
+@contextlib.contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold `output` for this command alone; the kernel gives it back when the command ends, however it ends.
+
+    Raises:
+        TaskError: if another one holds it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TaskError(
+                f"{output}: another study is written there; wait for it, or give another --output."
+            ) from None
+        yield
 
 
 def run_tasks(

@@ -13,9 +13,9 @@ import study_report
 import torch
 import yaml
 from plan import study_tasks, training_task
-from run import LOCK_FILE, main
+from run import main
 from study_settings import load_study
-from tasks import run_tasks, tasks_to_do
+from tasks import LOCK_FILE, run_tasks, tasks_to_do
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from upcycled_moe.train.arguments import build_arguments
