@@ -1,5 +1,6 @@
 """Learned merges: what they are made of, that they find the experts that are right, and what they write."""
 
+import copy
 import json
 import math
 import re
@@ -210,7 +211,7 @@ def _log_probabilities(model, inputs):
 
 def _lesson(loss, dense, source):
     """Return data of which the dense model, and with it one expert, is the best model."""
-    tokenizer = byte_level_tokenizer()
+    tokenizer = copy.deepcopy(byte_level_tokenizer())
     tokenizer.chat_template = CHAT_TEMPLATE
 
     def rendered(conversations):
