@@ -169,7 +169,9 @@ def test_the_source_that_is_right_is_found(loss, sources, tokenizer):
     sources = sources(loss)
     data = _data(loss, sources, tokenizer, [0, 1, 0])
     model, merge = sources.merge()
-    record = fit_coefficients(merge, model, tokenizer, data, _settings(loss, learning_rate=0.3), sources.models[0])
+    record = fit_coefficients(
+        merge, model, tokenizer, data, _settings(loss, max_steps=12, learning_rate=0.5), sources.models[0]
+    )
     first, right, last = record.final["model"]
     assert right > 0.75 > 0.25 > first + last
     assert record.after["loss"] < record.before["loss"] - 0.03
@@ -183,7 +185,7 @@ def test_the_source_that_is_right_is_found(loss, sources, tokenizer):
 def test_a_mixture_is_found(sources, tokenizer):
     sources, mixture = sources("lm"), [0.6, 0.3, 0.1]
     model, merge = sources.merge()
-    settings = _settings("lm", max_steps=60, learning_rate=0.1, batch_size=32)
+    settings = _settings("lm", max_steps=30, learning_rate=0.2, batch_size=32)
     record = fit_coefficients(merge, model, None, _data("lm", sources, tokenizer, mixture, 320), settings)
     assert record.final["model"] == pytest.approx(mixture, abs=0.06)
 
