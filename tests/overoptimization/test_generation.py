@@ -68,11 +68,11 @@ def test_tokens_come_from_the_whole_distribution(policy):
 
 def test_responses_end_where_the_chat_template_ends_an_answer(policy):
     progress = Warnings()
-    samples = drawn(policy, PROMPTS[:2], progress, batch_size=64, num_samples=64, max_new_tokens=190)
+    samples = drawn(policy, PROMPTS[:2], progress, batch_size=32, num_samples=32, max_new_tokens=190)
     # Each token is one of 295, all alike, of which two end a response: the end of the text and that of the turn.
-    expected, deviation = 128 * (293 / 295) ** 190, 5.1
+    expected, deviation = 64 * (293 / 295) ** 190, 3.6
     assert samples.origin["num_cut"] == pytest.approx(expected, abs=3 * deviation)
-    assert f"{samples.origin['num_cut']} of 128 responses do not end within 190 tokens" in progress.messages[0]
+    assert f"{samples.origin['num_cut']} of 64 responses do not end within 190 tokens" in progress.messages[0]
 
 
 def test_prompts_that_leave_no_place_are_left_out(policy):
