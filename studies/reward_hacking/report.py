@@ -34,8 +34,9 @@ def write_report(results: Mapping[str, Any], output: Path, folder: Path) -> Path
     Args:
         output: of the study, which has the pictures.
     """
+    results = _rounded(results)
     with staged(folder, kind=REPORT) as partial:
-        (partial / RESULTS_FILE).write_text(json.dumps(_rounded(results)) + "\n", encoding="utf-8")
+        (partial / RESULTS_FILE).write_text(json.dumps(results) + "\n", encoding="utf-8")
         pictures = {}
         for world in results["worlds"]:
             if (picture := output / curves_task(world) / CURVES_FOLDER / PICTURE_FILE).exists():
@@ -53,7 +54,8 @@ def report_lines(results: Mapping[str, Any], pictures: Mapping[str, str]) -> lis
     lines = [
         f"# {results['title']}",
         "",
-        "Gold is in standard deviations over the table; zero is what the policy gets by itself. Brackets are 95 % "
+        "Gold is in standard deviations over the table; zero is what the policy gets by itself (n = 1). Accuracy: how "
+        "often two responses to one prompt of the table are ordered as gold does. Brackets are 95 % "
         "intervals: over prompts, by bootstrap, the same prompts for all models; where seeds are named, over "
         f"{len(seeds)} seeds (t distribution). **Bold**: an interval of a difference excludes zero; none is corrected "
         "for how many there are.",
@@ -93,7 +95,7 @@ def _world_lines(name: str, world: Mapping[str, Any], picture: str | None) -> It
     yield from _data_lines(world)
     yield ""
     last = measured["numbers"][-1]
-    header = ["reward model", "accuracy", "n = 1", "peak", "at n", f"n = {last}", "drop", "regret"]
+    header = ["reward model", "accuracy", "peak", "at n", f"n = {last}", "drop", "regret"]
     yield from _table(header, (_curve_row(name, measured) for name in METHODS))
     yield ""
     yield "Less the dense model, paired by prompt; and gold at the largest n, paired by seed:"
@@ -136,7 +138,6 @@ def _curve_row(name: str, measured: Mapping[str, Any]) -> list[str]:
     return [
         TITLES[name],
         f"{figures['pairwise_accuracy']:.1%}",
-        f"{figures['gold_at_one']:+.2f}",
         f"{figures['gold_at_peak']:+.2f}",
         str(figures["peak"]),
         f"{figures['gold_at_end']:+.2f} [{gold['low'][-1]:+.2f}, {gold['high'][-1]:+.2f}]",

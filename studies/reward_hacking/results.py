@@ -43,7 +43,9 @@ def collect_results(study: StudySettings, tasks: Sequence[Task], output: Path) -
 
 
 def _world(study: StudySettings, name: str, world: World, output: Path) -> dict[str, Any]:
-    measured = json.loads((output / curves_task(name) / CURVES_FOLDER / "results.json").read_text(encoding="utf-8"))
+    written = (output / curves_task(name) / CURVES_FOLDER / "results.json").read_text(encoding="utf-8")
+    # Checkpoints by their place in the study, wherever that lies.
+    measured = json.loads(written.replace(f"{output}/", ""))
     return {
         "title": world.title,
         "labels": json.loads((output / labels_task(name) / LABELS_FILE).read_text(encoding="utf-8")),

@@ -103,7 +103,7 @@ def test_missing_pairs_end_the_command_with_status_2(tmp_path, capsys):
 
 def test_reward_models_never_see_gold(tasks):
     trained = [task for name, task in tasks.items() if name.count("/seed_")]
-    assert len(trained) == 2 * 3 * 6
+    assert len(trained) == 3 * 3 * 6
     for task in trained:
         assert not {files.GOLD, files.GOLD_PAIRS, files.SAMPLES, files.SCORED_PAIRS} & set(task.inputs)
 
