@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset, load_dataset
 
 from ..common.progress import Progress
+from ..common.seeds import seed_of
 from ..common.settings import SettingsError
 from ..common.text import first_line
 from ..common.text_files import TextPlace, find_text, how_to_load
@@ -28,17 +29,18 @@ _FORMS = (
 def read_pairs(settings: PairSettings, progress: Progress | None = None) -> Dataset:
     """Return the pairs with `prompt` (all messages but the last), `chosen` and `rejected` (one message), and `source`.
 
-    `source` is the column of that name, or the name of the file or dataset. Pairs whose two answers are the same, or
-    whose dialogues differ before the last answer, say nothing about that answer and are left out. Files are read no
-    further than `max_pairs` takes.
+    `source` is the column of that name, or the name of the file or dataset. A column `system` comes in front. Pairs
+    whose two answers are the same, or whose dialogues differ before the last answer, say nothing about that answer and
+    are left out. Files are read no further than `max_pairs` takes.
 
     Args:
-        progress: it is warned of pairs that are left out.
+        progress: it is warned of pairs that are left out, and of files that `max_pairs` leaves unread.
 
     Raises:
         SettingsError: if something is missing or not preference pairs, or no pair is left.
     """
-    rows = (row for place in find_text(settings.data, settings.split) for row in _rows(place, settings.split))
+    places = iter(find_text(settings.data, settings.split))
+    rows = (row for place in places for row in _rows(place, settings.split))
     num_left_out = 0
 
     def telling() -> Iterator[dict[str, Any]]:
@@ -57,7 +59,14 @@ def read_pairs(settings: PairSettings, progress: Progress | None = None) -> Data
             f"{', '.join(settings.data)}: {num_left_out:,} of {num_left_out + len(pairs):,} pairs are left out, as "
             "their answers are the same, or their dialogues differ before the last answer."
         )
-    return flipped(Dataset.from_list(pairs), settings.flip_rate, torch.Generator().manual_seed(settings.seed))
+    # Those who share out or shuffle the pairs by the same seed must not draw the same permutation.
+    generator = torch.Generator().manual_seed(seed_of(settings.seed, "label noise"))
+    if (unread := [place.name for place in places]) and progress is not None:
+        progress.warn(
+            f"The first {len(pairs):,} pairs are taken, so {len(unread):,} of the files or datasets are not read: "
+            f"{', '.join(unread[:3])}{', ...' * (len(unread) > 3)}."
+        )
+    return flipped(Dataset.from_list(pairs), settings.flip_rate, generator)
 
 
 def flipped(pairs: Dataset, rate: float, generator: torch.Generator) -> Dataset:
@@ -75,6 +84,7 @@ def flipped(pairs: Dataset, rate: float, generator: torch.Generator) -> Dataset:
 def _rows(place: TextPlace, split: str) -> Iterator[dict[str, Any] | None]:
     """Yield the pairs of a file or dataset; None for one that says nothing."""
     rows = _opened(place, split)
+    # As a file's lines are counted, from 1.
     number = 0
     while True:
         # The loaders and the Hub client raise whatever the parser of the format, or the connection, raises.
@@ -90,8 +100,8 @@ def _rows(place: TextPlace, split: str) -> Iterator[dict[str, Any] | None]:
             raise SettingsError(
                 f"{place.name}: no columns 'chosen' and 'rejected'; its columns are {', '.join(map(repr, row))}."
             )
-        yield _pair(row, f"{place.name}: row {number}", place.domain)
         number += 1
+        yield _pair(row, f"{place.name}: row {number}", place.domain)
 
 
 def _opened(place: TextPlace, split: str) -> Iterator[Mapping[str, Any]]:
@@ -120,28 +130,41 @@ def _pair(row: Mapping[str, Any], where: str, source: str) -> dict[str, Any] | N
 
 
 def _conversation(row: Mapping[str, Any], column: str, where: str) -> Messages:
-    """Return the conversation in `column` after what is in `prompt`; it ends in an answer.
+    """Return the conversation in `column` after what is in `system` and `prompt`; it ends in an answer.
 
     Raises:
-        SettingsError: if there is none.
+        SettingsError: if there is none, or it begins otherwise than these columns.
     """
     try:
-        before = _messages(row.get("prompt"), "user")
-        messages = _answered(row[column], row.get("prompt"))
-        # Some datasets repeat the prompt in both columns.
-        messages = messages if messages[: len(before)] == before else before + messages
+        system, before = _messages(row.get("system") or None, "system"), _messages(row.get("prompt") or None, "user")
+        messages = _messages(row[column], "assistant")
     except (TypeError, KeyError, ValueError, AttributeError):
-        messages = []
+        system, before, messages = [], [], []
+    messages = _continued(before, messages, f"{where}: {column!r}", "prompt")
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise SettingsError(f"{where}: {column!r} is no prompt with an assistant's answer; allowed are {_FORMS}.")
-    return messages
+    return _continued(system, messages, f"{where}: {column!r}", "system")
 
 
-def _answered(value: Any, prompt: Any) -> Messages:
-    """Return the messages of an answer, or of a conversation that ends in one."""
-    if isinstance(value, str) and isinstance(prompt, str) and prompt and value.startswith(prompt):
-        value = value.removeprefix(prompt)
-    return _messages(value, "assistant")
+def _continued(before: Messages, messages: Messages, where: str, column: str) -> Messages:
+    """Return `messages` with those that come `before` them, which some datasets repeat, but for white space.
+
+    Raises:
+        SettingsError: if `messages` are a whole conversation that begins otherwise.
+    """
+    if not before or not messages:
+        return messages
+    # A prompt may be repeated after a system message.
+    skipped = int(messages[0]["role"] == "system" != before[0]["role"])
+    if _stripped(messages[skipped : skipped + len(before)]) == _stripped(before):
+        return messages
+    if messages[0]["role"] in ("system", before[-1]["role"]):
+        raise SettingsError(f"{where} does not begin with what {column!r} holds; leave one of them out.")
+    return before + messages
+
+
+def _stripped(messages: Messages) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"].strip()) for message in messages]
 
 
 def _messages(value: Any, role: str) -> Messages:

@@ -20,6 +20,7 @@ from ...common.learned_merge.checkpoints import open_checkpoints, write_merged
 from ...common.learned_merge.merge import LearnedMerge
 from ...common.pictures import can_draw
 from ...common.progress import Progress
+from ...common.seeds import seed_of
 from ...model_cards.card import write_card
 from ...preference.fit_plot import plot_fit
 from ...preference.fit_record import FitRecord
@@ -156,6 +157,7 @@ def _learned(
         max_length=training.max_length,
         beta=training.beta,
         gradient_checkpointing=training.gradient_checkpointing,
-        seed=training.seed,
+        # The same in every round: references are measured on the same pairs.
+        seed=seed_of(training.seed, "reference"),
     )
     return fit_coefficients(learned, model, tokenizer, pairs, settings, reference=load(policies[0]), progress=progress)

@@ -9,9 +9,12 @@ import torch
 from datasets import Dataset
 
 from ...common.files import replacing
+from ...common.progress import Progress
+from ...common.seeds import seed_of
 from ...common.settings import SettingsError
 from ...preference.pairs import read_pairs
 from ...preference.settings import PairSettings
+from ...preference.shares import num_with_prompts_of, shares_by_prompt
 from .dpo_arguments import IterativeDPOArguments
 
 
@@ -29,42 +32,57 @@ class PairSets(NamedTuple):
     evaluation: Dataset
 
 
-def read_pair_sets(arguments: IterativeDPOArguments) -> PairSets:
+def read_pair_sets(arguments: IterativeDPOArguments, progress: Progress) -> PairSets:
     """Return the pairs that `arguments` name, the same for the same seed.
 
-    Pairs to learn references from are taken out of the training pairs whatever the reference, so that runs with
-    different ones train on the same.
+    Rounds have no prompt in common, unless all of them train on the same pairs. Pairs to learn references from are
+    taken out of the training pairs whatever the reference, so that runs with different ones train on the same.
+
+    Args:
+        progress: it is warned of pairs that are left out, and of prompts that are trained on and measured with.
 
     Raises:
         SettingsError: if some are missing, or there are too few for all rounds.
     """
     pairs, merge, seed = arguments.pairs, arguments.merge, arguments.training.seed
     training = read_pairs(
-        PairSettings(pairs.train_data, pairs.train_split, pairs.max_train_pairs, pairs.flip_rate, seed)
+        PairSettings(pairs.train_data, pairs.train_split, pairs.max_train_pairs, pairs.flip_rate, seed), progress
     )
-    evaluation = read_pairs(PairSettings(pairs.eval_data, pairs.eval_split, pairs.max_eval_pairs))
-    training = training.select(torch.randperm(len(training), generator=torch.Generator().manual_seed(seed)).tolist())
+    evaluation = read_pairs(PairSettings(pairs.eval_data, pairs.eval_split, pairs.max_eval_pairs), progress)
+    _warn_of_known_prompts(evaluation, "eval_data", training, progress)
+    heldout_share = 0.0 if merge.merge_data else merge.merge_share
+    heldout, *rounds = _shared_out(training, heldout_share, arguments)
     if merge.merge_data:
-        heldout = read_pairs(PairSettings(merge.merge_data, pairs.train_split))
-    else:
-        num_heldout = round(merge.merge_share * len(training))
-        heldout = training.select(range(num_heldout)) if num_heldout else None
-        training = training.select(range(num_heldout, len(training)))
-    num_heldout = len(heldout or ())
-    if arguments.rounds.reference == "learned" and num_heldout < 2:
+        heldout = read_pairs(PairSettings(merge.merge_data, pairs.train_split), progress)
+        _warn_of_known_prompts(heldout, "merge_data", training, progress)
+    if arguments.rounds.reference == "learned" and len(heldout) < 2:
         raise SettingsError(
-            f"{num_heldout} pairs to learn the reference from are too few; raise merge_share, or give merge_data."
+            f"{len(heldout)} pairs to learn the reference from are too few; raise merge_share, or give merge_data."
         )
-    return PairSets(_of_rounds(training, arguments), heldout, evaluation)
+    return PairSets(rounds, heldout if len(heldout) else None, evaluation)
 
 
-def _of_rounds(training: Dataset, arguments: IterativeDPOArguments) -> list[Dataset]:
-    num_rounds = arguments.rounds.num_rounds
-    if arguments.rounds.round_data == "same":
-        return [training] * num_rounds
-    if len(training) < num_rounds:
-        raise SettingsError(f"{len(training)} training pairs cannot be shared out to num_rounds={num_rounds}.")
-    return [training.shard(num_rounds, index, contiguous=True) for index in range(num_rounds)]
+def _shared_out(training: Dataset, heldout_share: float, arguments: IterativeDPOArguments) -> list[Dataset]:
+    """Return the pairs that are held out for the reference, and those of each round."""
+    num_rounds, is_same = arguments.rounds.num_rounds, arguments.rounds.round_data == "same"
+    num_parts = 1 if is_same else num_rounds
+    generator = torch.Generator().manual_seed(seed_of(arguments.training.seed, "shares"))
+    shares = [heldout_share] + [(1 - heldout_share) / num_parts] * num_parts
+    heldout, *parts = shares_by_prompt(training, shares, generator)
+    if not all(map(len, parts)):
+        raise SettingsError(
+            f"{len(training)} training pairs cannot be shared out to num_rounds={num_rounds}, with each prompt in one "
+            "share; give more, or lower num_rounds."
+        )
+    return [heldout, *(parts * num_rounds if is_same else parts)]
+
+
+def _warn_of_known_prompts(pairs: Dataset, name: str, training: Dataset, progress: Progress) -> None:
+    if num_known := num_with_prompts_of(pairs, training):
+        progress.warn(
+            f"{name}: {num_known:,} of {len(pairs):,} pairs have a prompt that train_data has too; figures of them "
+            "say little of other prompts."
+        )
 
 
 def best_and_worst(

@@ -31,6 +31,7 @@ from ...common.files import replacing, write_text
 from ...common.output_folder import staged
 from ...common.progress import Progress
 from ...common.provenance import read_provenance, recorded_name, with_step, write_provenance
+from ...common.seeds import seed_of
 from ...common.streaming.fetch import locate
 from ...common.text import first_line
 from ...model_cards.card import write_card
@@ -68,7 +69,7 @@ class Rounds:
         policy = arguments.policy
         self.start, self.revision = locate(policy.model_name_or_path, policy.model_revision)
         self.tokenizer = load_tokenizer(self.start, policy)
-        self.pairs = read_pair_sets(arguments)
+        self.pairs = read_pair_sets(arguments, self.progress)
         self._scorer = AnswerScorer(
             self.tokenizer.pad_token_id,
             self.training.per_device_eval_batch_size,
@@ -132,7 +133,7 @@ class Rounds:
             prompts,
             settings.samples_per_prompt,
             settings.temperature,
-            seed=self.training.seed + number,
+            seed=seed_of(self.training.seed, "answers", number),
         )
         texts = [[answer_text(self.tokenizer, answer) for answer in drawn] for drawn in answers]
         rewards = score_answers(settings.reward_model, prompts, texts, settings.sampling_batch_size, self.progress)
@@ -141,7 +142,7 @@ class Rounds:
             texts,
             rewards,
             self.arguments.pairs.flip_rate,
-            torch.Generator().manual_seed(self.training.seed + number),
+            torch.Generator().manual_seed(seed_of(self.training.seed, "label noise", number)),
         )
         self._tell(number, f"{len(pairs):,} of the prompts have answers of different reward")
         return Dataset.from_list(pairs)
@@ -210,7 +211,7 @@ class Rounds:
                 pairs,
                 self.training,
                 training_folder,
-                seed=self.training.seed + number,
+                seed=seed_of(self.training.seed, "training", number),
                 name=f"round {number}",
             )
             model.config.use_cache = use_cache
@@ -280,7 +281,7 @@ class Rounds:
         settings = self.arguments.sampling
         prompts = self.pairs.evaluation.select(range(min(settings.eval_samples, len(self.pairs.evaluation))))["prompt"]
         # The same seed in each round: policies that are alike answer alike.
-        drawn = self._sampled(model, prompts, 1, temperature=1.0, seed=self.training.seed)
+        drawn = self._sampled(model, prompts, 1, temperature=1.0, seed=seed_of(self.training.seed, "measured answers"))
         answers = [answer for (answer,) in drawn]
         scores = self._scorer(model, answers)
         start = scores if number == 0 else self._scorer(self._load(self.start), answers)
