@@ -59,13 +59,13 @@ def read_pairs(settings: PairSettings, progress: Progress | None = None) -> Data
             f"{', '.join(settings.data)}: {num_left_out:,} of {num_left_out + len(pairs):,} pairs are left out, as "
             "their answers are the same, or their dialogues differ before the last answer."
         )
-    # Those who share out or shuffle the pairs by the same seed must not draw the same permutation.
-    generator = torch.Generator().manual_seed(seed_of(settings.seed, "label noise"))
     if (unread := [place.name for place in places]) and progress is not None:
         progress.warn(
             f"The first {len(pairs):,} pairs are taken, so {len(unread):,} of the files or datasets are not read: "
             f"{', '.join(unread[:3])}{', ...' * (len(unread) > 3)}."
         )
+    # Those who share out or shuffle the pairs by the same seed must not draw the same permutation.
+    generator = torch.Generator().manual_seed(seed_of(settings.seed, "label noise"))
     return flipped(Dataset.from_list(pairs), settings.flip_rate, generator)
 
 

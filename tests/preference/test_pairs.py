@@ -40,7 +40,34 @@ FORMS = {
         {"prompt": "Why?", "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]},
         [QUESTION],
     ),
-    "prompt repeated as text": ({"prompt": "Why?", "chosen": "Why?Because.", "rejected": "Why?No."}, [QUESTION]),
+    "prompt repeated with other white space": (
+        {"prompt": "Why?\n", "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]},
+        [QUESTION],
+    ),
+    "prompt repeated after a system message": (
+        {"prompt": "Why?", "chosen": [EARLIER[0], QUESTION, GOOD], "rejected": [EARLIER[0], QUESTION, BAD]},
+        [EARLIER[0], QUESTION],
+    ),
+    "prompt repeated as a dialogue": (
+        {
+            "prompt": "\n\nHuman: Why?\n\nAssistant:",
+            "chosen": "\n\nHuman: Why?\n\nAssistant: Because.",
+            "rejected": "\n\nHuman: Why?\n\nAssistant: No.",
+        },
+        [QUESTION],
+    ),
+    "column with a system message": (
+        {"system": "Be kind.", "prompt": "Why?", "chosen": "Because.", "rejected": "No."},
+        [EARLIER[0], QUESTION],
+    ),
+    "column with a system message that is repeated": (
+        {"system": "Be kind. ", "chosen": [*EARLIER[:1], QUESTION, GOOD], "rejected": [*EARLIER[:1], QUESTION, BAD]},
+        [EARLIER[0], QUESTION],
+    ),
+    "empty columns": (
+        {"system": "", "prompt": "", "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]},
+        [QUESTION],
+    ),
     "prompt as a dialogue up to the answer": (
         {"prompt": "\n\nHuman: Why?\n\nAssistant:", "chosen": "Because.", "rejected": "No."},
         [QUESTION],
@@ -73,6 +100,24 @@ def test_parquet_is_read_too_and_a_source_column_names_the_source(tmp_path):
     assert pairs[1]["chosen"] == [message("assistant", "good 1")]
 
 
+def test_an_answer_may_begin_as_its_prompt_does(tmp_path):
+    row = {"prompt": "Hello", "chosen": "Hello! How are you?", "rejected": "Hello"}
+    [pair] = read_pairs(PairSettings([write(tmp_path / "a.jsonl", [row])]))
+
+    assert pair["prompt"] == [message("user", "Hello")]
+    assert (pair["chosen"][0]["content"], pair["rejected"][0]["content"]) == ("Hello! How are you?", "Hello")
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("prompt", "How?"), ("prompt", [*EARLIER, QUESTION]), ("system", "Be short.")]
+)
+def test_a_conversation_that_begins_otherwise_than_its_columns_say_is_refused(column, value, tmp_path):
+    row = {column: value, "chosen": [EARLIER[0], QUESTION, GOOD], "rejected": [EARLIER[0], QUESTION, BAD]}
+    path = write(tmp_path / "a.jsonl", [row])
+    with pytest.raises(SettingsError, match=rf"a\.jsonl: row 1: 'chosen' does not begin with what '{column}' holds"):
+        read_pairs(PairSettings([path]))
+
+
 BAD_ROWS = {
     "no answer": {"chosen": "\n\nHuman: Why?", "rejected": "\n\nHuman: Why?"},
     "no prompt": {"chosen": "Because.", "rejected": "No."},
@@ -90,13 +135,13 @@ BAD_ROWS = {
 @pytest.mark.parametrize("kind", BAD_ROWS)
 def test_a_row_that_is_no_pair_is_named(kind, tmp_path):
     path = write(tmp_path / "bad.jsonl", [BAD_ROWS[kind]])
-    with pytest.raises(SettingsError, match=r"bad\.jsonl: row 0: 'chosen' is no prompt with an assistant's answer"):
+    with pytest.raises(SettingsError, match=r"bad\.jsonl: row 1: 'chosen' is no prompt with an assistant's answer"):
         read_pairs(PairSettings([path]))
 
 
 def test_the_number_of_the_row_is_said(tmp_path):
     path = write(tmp_path / "bad.jsonl", [*numbered(2), {"prompt": "Why?", "chosen": "Because.", "rejected": None}])
-    with pytest.raises(SettingsError, match="row 2: 'rejected'"):
+    with pytest.raises(SettingsError, match="row 3: 'rejected'"):
         read_pairs(PairSettings([path]))
 
 
@@ -138,9 +183,15 @@ def test_pairs_that_say_nothing_are_left_out_and_counted(tmp_path):
 def test_no_more_is_read_than_max_pairs_takes(tmp_path):
     first = write(tmp_path / "a.jsonl", numbered(3))
     write(tmp_path / "b.jsonl", [{"prompt": "Why?", "chosen": None, "rejected": None}])
-    pairs = read_pairs(PairSettings([first, str(tmp_path / "b.jsonl")], max_pairs=3))
+    warnings = Warnings()
+    pairs = read_pairs(PairSettings([first, str(tmp_path / "b.jsonl")], max_pairs=3), warnings)
 
     assert pairs["source"] == ["a"] * 3
+    [warning] = warnings.messages
+    assert "first 3 pairs are taken, so 1 of the files or datasets are not read" in warning
+    assert warning.endswith("b.jsonl.")
+    read_pairs(PairSettings([first], max_pairs=3), warnings)
+    assert len(warnings.messages) == 1
 
 
 def test_reading_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
