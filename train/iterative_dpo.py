@@ -20,9 +20,9 @@ import json
 import os
 import sys
 
-from upcycled_moe.common.progress import Progress
 from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.train.errors import RunEnded, RunError
+from upcycled_moe.train.messages import Stderr, running, tell
 from upcycled_moe.train.preference.dpo_arguments import IterativeDPOArguments, format_help, parse_arguments
 
 
@@ -32,6 +32,11 @@ def main(argv: list[str]) -> int:
         print(format_help())
         return 0
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    with running("iterative_dpo.py"):
+        return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     try:
         train(parse_arguments(argv))
     except SettingsError as error:
@@ -47,7 +52,7 @@ def main(argv: list[str]) -> int:
 
 
 def _fail(status: int, message: str) -> int:
-    print(f"iterative_dpo.py: {message}", file=sys.stderr)
+    tell(message)
     return status
 
 
@@ -67,24 +72,16 @@ def train(arguments: IterativeDPOArguments) -> None:
 
     # Models are loaded and written many times over.
     logging.disable_progress_bar()
-    rounds = Rounds(arguments, _Stderr())
+    rounds = Rounds(arguments, Stderr())
     figures = rounds.run()
     if not rounds.state.is_main_process:
         return
     with replacing(rounds.folder / "rounds.jsonl") as partial:
-        write_text(partial, "".join(json.dumps(row) + "\n" for row in figures))
+        write_text(partial, "".join(json.dumps(row, allow_nan=False) + "\n" for row in figures))
     if can_draw():
         plot_rounds({arguments.rounds.reference: figures}, rounds.folder / "rounds.png")
     print(figures_table(figures))
     print(f"Policy of the last round: {rounds.policy_folder(arguments.rounds.num_rounds)}")
-
-
-class _Stderr(Progress):
-    def tell(self, message: str) -> None:
-        print(f"iterative_dpo.py: {message}", file=sys.stderr)
-
-    def warn(self, message: str) -> None:
-        print(f"iterative_dpo.py: warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The DPO of one round."""
 
 import copy
-import sys
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 from trl import DPOTrainer
 
+from ..messages import tell
 from ..saving.checkpoints import checkpoint_folders, fault_of
 from ..saving.mixin import SavingMixin
 from .dpo_training_arguments import DPOTrainingArguments
@@ -114,4 +114,4 @@ class _TellCallback(TrainerCallback):
         if state.is_world_process_zero and logs and "loss" in logs:
             figures = {"loss": logs["loss"], "accuracy": logs["rewards/accuracies"], "margin": logs["rewards/margins"]}
             shown = ", ".join(f"{figure} {value:.4f}" for figure, value in figures.items())
-            print(f"{self.name}: step {state.global_step} of {state.max_steps}: {shown}", file=sys.stderr)
+            tell(f"{self.name}: step {state.global_step} of {state.max_steps}: {shown}")

@@ -20,7 +20,7 @@ def pair_figures(
     """Return figures of a policy on N pairs.
 
     * `accuracy`: how often the implicit reward of the chosen answer is the higher one; a tie counts half.
-    * `accuracy_error`: its standard error.
+    * `accuracy_error`: its standard error, of wins of 0, ½ and 1.
     * `margin`: mean difference of the two rewards; `loss`: mean of DPO's loss with π_0 as the reference.
     * `log_ratio_chosen`, `log_ratio_rejected`: means of `ln(π_t / π_0)`, in nats an answer.
     * `accuracy_by_source`: the accuracy on the pairs of each source.
@@ -35,14 +35,12 @@ def pair_figures(
     }
     margins = beta * (ratios["chosen"] - ratios["rejected"])
     wins = (margins > 0).double() + 0.5 * (margins == 0).double()
-    accuracy = wins.mean().item()
     of_source = {
         source: wins[[index for index, other in enumerate(sources) if other == source]].mean().item()
         for source in sorted(set(sources))
     }
     return {
-        "accuracy": accuracy,
-        "accuracy_error": math.sqrt(accuracy * (1 - accuracy) / len(wins)),
+        **_mean("accuracy", wins),
         "margin": margins.mean().item(),
         "loss": -F.logsigmoid(margins).mean().item(),
         "log_ratio_chosen": ratios["chosen"].mean().item(),

@@ -1,7 +1,6 @@
 """The provenance and the card of what a run saves."""
 
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ...model_cards.terms import read_terms
 from ...model_cards.training import training_facts
 from ..arguments import Arguments
 from ..data.blocks import blocks_per_step
+from ..messages import warn
 from ..model import CARRIED_FILES
 from .checkpoints import CONFIG_FILE
 
@@ -70,7 +70,7 @@ class CardCallback(TrainerCallback):
         # Whatever it is: hours of training are not lost for a card.
         except Exception as error:
             reason = " ".join(str(error).split())
-            print(f"train.py: warning: {folder.name}: no card is written ({reason}).", file=sys.stderr)
+            warn(f"{folder.name}: no card is written ({reason}).")
 
     def _facts(self, state, best_step: int | None) -> dict[str, Any]:
         """Return what the provenance says of the training so far."""

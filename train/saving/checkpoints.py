@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sys
 import zipfile
 from pathlib import Path
 from typing import Literal
@@ -17,6 +16,7 @@ from ...common.settings import SettingsError
 from ..data.blocks import read_position
 from ..engines import DEEPSPEED_FILE, OPTIMIZER_FOLDER, shards_at_load
 from ..errors import RunEnded
+from ..messages import warn
 from .staging import clear_leftovers, finish_moving_model
 
 
@@ -88,7 +88,7 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
             if (fault := fault_of(folder, engine_of(folder))) is None:
                 return _worth_resuming(folder, training_args)
             if training_args.process_index == 0:
-                print(f"train.py: warning: {folder} is passed over: {fault}.", file=sys.stderr)
+                warn(f"{folder} is passed over: {fault}.")
         if wanted == "auto":
             return None
         raise SettingsError(
@@ -101,11 +101,9 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
             raise SettingsError(f"resume_from_checkpoint={wanted}: not a complete checkpoint: {fault}.")
         resumed = _worth_resuming(folder, training_args)
         if folder.resolve() in [older.resolve() for older in folders[:-1]] and training_args.process_index == 0:
-            print(
-                f"train.py: warning: {folders[-1]} stays until this run comes to its step, and "
-                "resume_from_checkpoint=last would go on from there; remove what is later than "
-                f"{folder.name}, or choose another output_dir.",
-                file=sys.stderr,
+            warn(
+                f"{folders[-1]} stays until this run comes to its step, and resume_from_checkpoint=last would go on "
+                f"from there; remove what is later than {folder.name}, or choose another output_dir."
             )
         return resumed
     # The Trainer writes its state last: without it a folder is what an interrupted first save left.

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ...common.numbers import format_bytes
 from ..engines import shards_at_load
 from ..errors import RunEnded, RunError
+from ..messages import warn
 from .checkpoints import (
     CONFIG_FILE,
     SKIPPED_FILE,
@@ -76,7 +76,7 @@ class SavingMixin:
             # It says that a run is finished.
             (output_dir / TRAINER_STATE_NAME).unlink(missing_ok=True)
             if warning := space_warning(self.args, self.model, resume_from_checkpoint):
-                print(f"train.py: warning: {warning}", file=sys.stderr)
+                warn(warning)
         with self._stop_signals.listening():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._stopped_by:
