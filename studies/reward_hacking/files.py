@@ -7,14 +7,15 @@ from typing import Any
 
 
 TEXT, POLICY, SAMPLES, GOLD_PAIRS = "text", "policy", "samples", "gold_pairs"
-GOLD, SCORED_PAIRS = "gold", "scored_pairs"
+GOLD, SCORED_PAIRS, MERGE_PAIRS = "gold", "scored_pairs", "merge_pairs"
 
 POLICY_TEXT_FILE, POLICY_VALIDATION_FILE = "policy_train.jsonl", "policy_validation.jsonl"
 HUMAN_FILES = {"train": "human_train.jsonl", "test": "human_test.jsonl"}
 PROMPTS_FILES = {"train": "prompts_train.jsonl", "test": "prompts_test.jsonl"}
-GOLD_SAMPLES_FILE, TRAINING_SAMPLES_FILE, TABLE_FILE = (
+GOLD_SAMPLES_FILE, TRAINING_SAMPLES_FILE, MERGE_SAMPLES_FILE, TABLE_FILE = (
     "gold_samples.parquet",
     "training_samples.parquet",
+    "merge_samples.parquet",
     "table.parquet",
 )
 # Gold is measured on each by itself: the file's name is that of the source.
@@ -27,6 +28,11 @@ CURVES_FOLDER = "curves"
 def labels_task(world: str) -> str:
     """Return the name of the task that labels the pairs of `world`."""
     return f"{world}/labels"
+
+
+def merge_labels_task(world: str) -> str:
+    """Return the name of the task that labels the pairs of `world` that merging learns from."""
+    return f"{world}/merge_labels"
 
 
 def proxy_task(world: str, method: str, seed: int) -> str:

@@ -11,6 +11,7 @@ from . import model_stages, text_stages
 from .files import (
     GOLD,
     GOLD_PAIRS,
+    MERGE_PAIRS,
     MODEL_FOLDER,
     POLICY,
     SAMPLES,
@@ -18,6 +19,7 @@ from .files import (
     TEXT,
     curves_task,
     labels_task,
+    merge_labels_task,
     proxy_task,
 )
 from .settings import StudySettings, World
@@ -41,6 +43,14 @@ def study_tasks(study: StudySettings, data: Path) -> list[Task]:
     text = dataclasses.asdict(study.text)
     policy = {"vocab_size": text.pop("vocab_size"), "model": study.model, "training": study.policy_training}
     samples = dataclasses.asdict(study.samples)
+    num_merge_prompts = samples.pop("merge_prompts")
+    first = study.samples.gold_prompts + study.samples.training_prompts
+    merge_pairs = {
+        "prompts": [first, first + num_merge_prompts],
+        "num_samples": study.samples.responses_per_training_prompt,
+        **{name: samples[name] for name in ("temperature", "max_new_tokens")},
+        **_scoring(study),
+    }
     gold_pairs = {"responses_per_gold_prompt": study.samples.responses_per_gold_prompt}
     tasks = [
         Task(TEXT, text_stages.prepare_text, text, files=_pair_files(study, data)),
@@ -49,6 +59,7 @@ def study_tasks(study: StudySettings, data: Path) -> list[Task]:
         Task(GOLD_PAIRS, text_stages.pair_for_gold, gold_pairs, inputs=(TEXT, SAMPLES)),
         Task(GOLD, model_stages.train_gold, {"training": study.gold_training}, inputs=(POLICY, GOLD_PAIRS)),
         Task(SCORED_PAIRS, text_stages.score_pairs, _scoring(study), inputs=(SAMPLES, GOLD)),
+        Task(MERGE_PAIRS, text_stages.draw_merge_pairs, merge_pairs, inputs=(TEXT, POLICY, GOLD)),
     ]
     for name, world in study.worlds.items():
         tasks += _world_tasks(study, name, world)
@@ -73,7 +84,10 @@ def _scoring(study: StudySettings) -> dict[str, Any]:
 
 def _world_tasks(study: StudySettings, name: str, world: World) -> list[Task]:
     noise = {key: value for key, value in dataclasses.asdict(world).items() if key != "title"}
-    tasks = [Task(labels_task(name), text_stages.label_pairs, noise, inputs=(SCORED_PAIRS,))]
+    tasks = [
+        Task(labels_task(name), text_stages.label_pairs, noise, inputs=(SCORED_PAIRS,)),
+        Task(merge_labels_task(name), text_stages.label_pairs, noise, inputs=(MERGE_PAIRS,)),
+    ]
     for seed in study.seeds:
         tasks += _seed_tasks(study, name, seed)
     trained = {method: [proxy_task(name, method, seed) for seed in study.seeds] for method in (DENSE, MOE, *MERGES)}
@@ -92,9 +106,13 @@ def _seed_tasks(study: StudySettings, world: str, seed: int) -> list[Task]:
 
     def merge(method: str) -> Task:
         settings: dict[str, Any] = {"moe": moe, "method": method}
+        inputs: tuple[str, ...] = (moe,)
         if method == model_stages.LEARNED:
-            settings |= {"labels": labels, "learned_merge": study.learned_merge, "seed": seed}
-        return Task(proxy_task(world, method, seed), model_stages.merge_experts, settings, (moe, labels))
+            # Not those that the experts were trained on: these say nothing of which expert is right on others.
+            pairs = merge_labels_task(world)
+            settings |= {"labels": pairs, "learned_merge": study.learned_merge, "seed": seed}
+            inputs = (moe, pairs)
+        return Task(proxy_task(world, method, seed), model_stages.merge_experts, settings, inputs)
 
     continued = {**study.training, **study.continued}
     return [

@@ -22,6 +22,7 @@ from .files import (
     POLICY,
     curves_task,
     labels_task,
+    merge_labels_task,
     proxy_task,
 )
 from .model_stages import LEARNED
@@ -48,11 +49,16 @@ def _world(study: StudySettings, name: str, world: World, output: Path) -> dict[
     measured = json.loads(written.replace(f"{output}/", ""))
     return {
         "title": world.title,
-        "labels": json.loads((output / labels_task(name) / LABELS_FILE).read_text(encoding="utf-8")),
+        "labels": _label_counts(output / labels_task(name)),
+        "merge_labels": _label_counts(output / merge_labels_task(name)),
         "table": table_facts(output / curves_task(name) / CURVES_FOLDER, measured, world.shortcut),
         "fits": {seed: _fit(output / proxy_task(name, LEARNED, seed)) for seed in study.seeds},
         "best_of_n": measured,
     }
+
+
+def _label_counts(folder: Path) -> dict[str, int]:
+    return json.loads((folder / LABELS_FILE).read_text(encoding="utf-8"))
 
 
 def final_evaluation(folder: Path) -> dict[str, float]:

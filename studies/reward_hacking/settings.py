@@ -44,6 +44,7 @@ class SampleSettings:
         responses_per_gold_prompt: each of them is a pair with such an answer.
         training_prompts: others of that split, whose responses become the pairs that reward models learn from.
         responses_per_training_prompt: every two of them are a pair, so that this is an even number.
+        merge_prompts: others again of that split, with as many responses, for pairs that merging learns from.
         test_prompts: of the test split; their responses are the fixed table.
         responses: to each of those; the largest n.
         temperature: of the policy.
@@ -54,6 +55,7 @@ class SampleSettings:
     responses_per_gold_prompt: int
     training_prompts: int
     responses_per_training_prompt: int
+    merge_prompts: int
     test_prompts: int
     responses: int
     temperature: float
@@ -160,7 +162,10 @@ def _build(kind: type, content: Any, where: str) -> Any:
 def _check_numbers(study: StudySettings, path: str) -> None:
     for section, least in (
         ("text", {}),
-        ("samples", {"responses": 2, "test_prompts": 2, "training_prompts": 2, "gold_prompts": 2}),
+        (
+            "samples",
+            dict.fromkeys(("responses", *(f"{kind}_prompts" for kind in ("gold", "training", "merge", "test"))), 2),
+        ),
     ):
         for setting in fields(type(getattr(study, section))):
             value = getattr(getattr(study, section), setting.name)

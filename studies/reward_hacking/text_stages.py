@@ -16,6 +16,7 @@ from .files import (
     GOLD_TRAIN_FILE,
     HUMAN_FILES,
     LABELS_FILE,
+    MERGE_SAMPLES_FILE,
     MODEL_FOLDER,
     ORIGINS_FILE,
     PAIRS_FILE,
@@ -25,7 +26,6 @@ from .files import (
     PREFERENCES_FILE,
     PROMPTS_FILES,
     SAMPLES,
-    SCORED_PAIRS,
     TABLE_FILE,
     TEXT,
     TRAINING_SAMPLES_FILE,
@@ -98,31 +98,43 @@ def _different(values: Iterable[Messages]) -> list[Messages]:
 
 def draw_samples(settings: Mapping[str, Any], inputs: Mapping[str, Path], folder: Path) -> None:
     """Write the policy's responses: to training prompts for gold, to others for pairs; to test prompts, the table."""
-    from upcycled_moe.common.checkpoint_names import name_checkpoints
-    from upcycled_moe.overoptimization.generation import generate_samples, read_prompts
-    from upcycled_moe.overoptimization.score_table import ScoreTable
-    from upcycled_moe.overoptimization.settings import PolicySettings
-
     num_gold, num_training = settings["gold_prompts"], settings["training_prompts"]
     for split, file, begin, end, num_samples in (
         ("train", GOLD_SAMPLES_FILE, 0, num_gold, settings["responses_per_gold_prompt"]),
         ("train", TRAINING_SAMPLES_FILE, num_gold, num_gold + num_training, settings["responses_per_training_prompt"]),
         ("test", TABLE_FILE, 0, settings["test_prompts"], settings["responses"]),
     ):
-        policy = PolicySettings(
-            policy=name_checkpoints([str(inputs[POLICY] / MODEL_FOLDER)])[0],
-            prompts=[str(inputs[TEXT] / PROMPTS_FILES[split])],
-            max_prompts=end,
-            num_samples=num_samples,
-            temperature=settings["temperature"],
-            max_new_tokens=settings["max_new_tokens"],
-            seed=SEED,
-        )
-        prompts = read_prompts(policy)
-        if len(prompts) < end:
-            raise SettingsError(f"samples ask for {end} prompts of the {split} split, which has {len(prompts)}.")
-        # Writing it is all that is wanted of the table here.
-        ScoreTable(generate_samples(policy, prompts[begin:], batch_size=num_samples), folder / file)
+        _draw(settings, inputs, split, range(begin, end), num_samples, folder / file)
+
+
+def _draw(
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    split: str,
+    numbers: range,
+    num_samples: int,
+    file: Path,
+) -> None:
+    """Write responses of the policy to the prompts of `split` with these numbers."""
+    from upcycled_moe.common.checkpoint_names import name_checkpoints
+    from upcycled_moe.overoptimization.generation import generate_samples, read_prompts
+    from upcycled_moe.overoptimization.score_table import ScoreTable
+    from upcycled_moe.overoptimization.settings import PolicySettings
+
+    policy = PolicySettings(
+        policy=name_checkpoints([str(inputs[POLICY] / MODEL_FOLDER)])[0],
+        prompts=[str(inputs[TEXT] / PROMPTS_FILES[split])],
+        max_prompts=numbers.stop,
+        num_samples=num_samples,
+        temperature=settings["temperature"],
+        max_new_tokens=settings["max_new_tokens"],
+        seed=SEED,
+    )
+    prompts = read_prompts(policy)
+    if len(prompts) < numbers.stop:
+        raise SettingsError(f"samples ask for {numbers.stop} prompts of the {split} split, which has {len(prompts)}.")
+    # Writing it is all that is wanted of the table here.
+    ScoreTable(generate_samples(policy, prompts[numbers.start :], batch_size=num_samples), file)
 
 
 def pair_for_gold(settings: Mapping[str, Any], inputs: Mapping[str, Path], folder: Path) -> None:
@@ -166,7 +178,8 @@ def label_pairs(settings: Mapping[str, Any], inputs: Mapping[str, Path], folder:
 
     The scores of gold are those of the task before; all worlds have the same pairs in the same order.
     """
-    rows = read_lines(inputs[SCORED_PAIRS] / PAIRS_FILE)
+    (scored,) = inputs.values()
+    rows = read_lines(scored / PAIRS_FILE)
     generator = np.random.default_rng(SEED)
     # Drawn for all pairs in any world, so that one setting changes no other draw.
     follows_shortcut = generator.random(len(rows)) < settings["shortcut_rate"]
@@ -193,11 +206,23 @@ def label_pairs(settings: Mapping[str, Any], inputs: Mapping[str, Path], folder:
 
 def score_pairs(settings: Mapping[str, Any], inputs: Mapping[str, Path], folder: Path) -> None:
     """Write pairs of responses to one prompt, with gold's scores; every response is in one pair at most."""
+    _score(settings, inputs[SAMPLES] / TRAINING_SAMPLES_FILE, inputs[GOLD], folder)
+
+
+def draw_merge_pairs(settings: Mapping[str, Any], inputs: Mapping[str, Path], folder: Path) -> None:
+    """Write further pairs with gold's scores, of responses to prompts that no reward model is trained on."""
+    begin, end = settings["prompts"]
+    file = folder / MERGE_SAMPLES_FILE
+    _draw(settings, inputs, "train", range(begin, end), settings["num_samples"], file)
+    _score(settings, file, inputs[GOLD], folder)
+
+
+def _score(settings: Mapping[str, Any], file: Path, gold_task: Path, folder: Path) -> None:
     from upcycled_moe.overoptimization.samples import read_samples
     from upcycled_moe.preference.scoring import load_reward_model, score_conversations
 
-    samples = read_samples(inputs[SAMPLES] / TRAINING_SAMPLES_FILE)
-    model, tokenizer = load_reward_model(str(inputs[GOLD] / MODEL_FOLDER))
+    samples = read_samples(file)
+    model, tokenizer = load_reward_model(str(gold_task / MODEL_FOLDER))
     scores = score_conversations(
         model,
         tokenizer,

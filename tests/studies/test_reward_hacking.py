@@ -117,6 +117,20 @@ def test_dense_and_moe_have_the_same_budget(tasks):
         assert dense.inputs == moe.inputs
 
 
+def test_learned_merges_start_uniform_and_learn_from_pairs_of_their_own(content, tasks):
+    drawn, others = tasks[files.MERGE_PAIRS].settings["prompts"], content["samples"]
+    assert drawn[0] == others["gold_prompts"] + others["training_prompts"]
+    assert drawn[1] - drawn[0] == others["merge_prompts"]
+    assert content["learned_merge"]["shared_expert_weight"] == 1 / (content["recipe"]["num_experts"] + 1)
+    for world in content["worlds"]:
+        pairs = files.merge_labels_task(world)
+        assert tasks[pairs].settings == tasks[files.labels_task(world)].settings
+        assert tasks[pairs].inputs == (files.MERGE_PAIRS,)
+        learned = tasks[files.proxy_task(world, "learned", 1)]
+        assert learned.inputs == (files.proxy_task(world, plan.MOE, 1), pairs)
+        assert learned.settings["labels"] == pairs
+
+
 def test_one_table_serves_all_worlds(tasks):
     noise, bias = (tasks[files.curves_task(world)] for world in ("noise", "bias"))
     assert noise.inputs[:2] == bias.inputs[:2] == (files.SAMPLES, files.GOLD)
@@ -259,6 +273,7 @@ def tiny(content) -> dict:
             "responses_per_gold_prompt": 2,
             "training_prompts": 8,
             "responses_per_training_prompt": 4,
+            "merge_prompts": 3,
             "test_prompts": 3,
             "responses": 4,
             "temperature": 1.0,
@@ -287,4 +302,4 @@ def test_a_whole_study_runs_and_goes_on_where_it_was(tiny, tmp_path, people, mon
     assert set(found["worlds"]["bias"]["best_of_n"]["models"]) == set(plan.METHODS)
     capsys.readouterr()
     assert command.main(run) == 0
-    assert "20 of 20 results are there already." in capsys.readouterr().out
+    assert "22 of 22 results are there already." in capsys.readouterr().out
