@@ -25,11 +25,15 @@ TITLES = {
     "2505.21411": "Pangu Pro MoE: Mixture of Grouped Experts for Efficient Sparsity",
     "2509.00679": "Router Upcycling: Leveraging Mixture-of-Routers in Mixture-of-Experts Upcycling",
     "2510.13999": "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression",
+    "2605.23398": "TPMM-DPO: Trajectory-aware Preference-guided Model Merging for Iterative Direct Preference "
+    "Optimization",
 }
 
 
-# What a step after the conversion is, by its command and method.
+# What a step after the conversion is, by its command and its method, or the reference of DPO.
 STEP_PAPERS = {
+    ("iterative_dpo", "learned"): "2605.23398",
+    ("merge", "learned"): "2404.15247",
     ("prune", "reap"): "2510.13999",
     ("prune", "easy_ep"): "2504.06792",
     ("prune", "merge"): "2310.01334",
@@ -50,6 +54,8 @@ def papers_of(checkpoint: Checkpoint) -> list[str]:
     """Return the arXiv numbers of what a model is built on, each once, those of the conversion first."""
     numbers = [*checkpoint.description.get("papers", ())]
     for step in checkpoint.steps:
-        if (key := (step["command"], step.get("method"))) in STEP_PAPERS:
+        key = (step["command"], step.get("method") or step.get("reference"))
+        # XFT merges experts, not whole checkpoints.
+        if key in STEP_PAPERS and not step.get("other_sources"):
             numbers.append(STEP_PAPERS[key])
     return list(dict.fromkeys(numbers))

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -17,7 +18,7 @@ from upcycled_moe.merging.settings import METHODS
 from upcycled_moe.model_cards.card import declared_in, is_replaceable, render_card, update_card, write_card
 from upcycled_moe.model_cards.checkpoint import read_checkpoint
 from upcycled_moe.model_cards.extras import CardExtras
-from upcycled_moe.model_cards.papers import STEP_PAPERS, TITLES
+from upcycled_moe.model_cards.papers import STEP_PAPERS, TITLES, papers_of
 from upcycled_moe.model_cards.validation import card_problems
 
 
@@ -397,6 +398,21 @@ def test_a_classifier_is_loaded_as_one(after_steps):
     assert "AutoModelForSequenceClassification.from_pretrained(path, trust" in card.text
     assert "print(model(**inputs).logits)" in card.text
     assert "generate" not in card.text
+
+
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [
+        ({"command": "merge", "method": "learned"}, "2404.15247"),
+        ({"command": "merge", "method": "learned", "other_sources": [{"name": "other"}]}, None),
+        ({"command": "merge", "method": "average"}, None),
+        ({"command": "iterative_dpo", "reference": "learned"}, "2605.23398"),
+        ({"command": "iterative_dpo", "reference": "last"}, None),
+    ],
+)
+def test_a_step_is_cited_by_what_it_did(step, number):
+    numbers = papers_of(SimpleNamespace(description={}, steps=[step]))
+    assert numbers == ([] if number is None else [number])
 
 
 def test_every_paper_has_a_title():
