@@ -63,27 +63,22 @@ def _add_samples(group: argparse._ArgumentGroup) -> None:
         "--prompts",
         metavar="PAIRS",
         nargs="+",
-        default=(),
         help="preference pairs, or files with a column prompt: files, folders, globs or Hub datasets",
     )
-    group.add_argument("--split", default=defaults.split, help="of folders and Hub datasets (default: %(default)s)")
+    group.add_argument("--split", help=f"of folders and Hub datasets (default: {defaults.split})")
     group.add_argument("--max-prompts", type=int, metavar="N", help="the first N different prompts only")
     group.add_argument(
         "--num-samples",
         type=int,
-        default=defaults.num_samples,
         metavar="N",
-        help="responses to each prompt, the largest n (default: %(default)s)",
+        help=f"responses to each prompt, the largest n (default: {defaults.num_samples})",
     )
-    group.add_argument(
-        "--temperature", type=float, default=defaults.temperature, help="of the policy (default: %(default)s)"
-    )
+    group.add_argument("--temperature", type=float, help=f"of the policy (default: {defaults.temperature})")
     group.add_argument(
         "--max-new-tokens",
         type=int,
-        default=defaults.max_new_tokens,
         metavar="N",
-        help="where a response is cut (default: %(default)s)",
+        help=f"where a response is cut (default: {defaults.max_new_tokens})",
     )
 
 
@@ -180,12 +175,12 @@ def _samples(options: argparse.Namespace) -> Path | PolicySettings:
     if (options.samples is None) == (options.policy is None):
         raise SettingsError("Give samples once: --samples with a table, or --policy with --prompts.")
     names = ("prompts", "split", "max_prompts", "num_samples", "temperature", "max_new_tokens")
-    given = {name: getattr(options, name) for name in names}
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.samples is None:
-        return PolicySettings(policy=_checkpoint(options.policy), seed=options.seed, **given)
-    for name, value in given.items():
-        if value != (() if name == "prompts" else getattr(PolicySettings, name)):
-            raise SettingsError(f"--{name.replace('_', '-')} has no meaning with --samples; leave it out.")
+        policy, prompts = _checkpoint(options.policy), given.pop("prompts", ())
+        return PolicySettings(policy, prompts, seed=options.seed, **given)
+    for name in given:
+        raise SettingsError(f"--{name.replace('_', '-')} has no meaning with --samples; leave it out.")
     return options.samples
 
 
@@ -204,7 +199,7 @@ def print_measurement(measurement: "Measurement", out: Path) -> None:
     samples = measurement.facts["samples"]
     for line in (
         f"{samples['num_prompts']:,} prompts, {samples['num_responses']:,} responses to each. Gold is in standard "
-        "deviations over them all, zero is their mean; in brackets are 95 % intervals over prompts.",
+        "deviations within prompts, zero is no choice; in brackets are 95 % intervals over prompts.",
         *measurement.results.verdicts(),
         f"Wrote {out}; the numbers are in {out / RESULTS_FILE}.",
     ):

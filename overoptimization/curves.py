@@ -62,15 +62,17 @@ def best_of_n(scores: np.ndarray, values: np.ndarray, numbers: Sequence[int]) ->
 
 
 def standardized(scores: np.ndarray) -> np.ndarray:
-    """Return `scores` [P, N] less their mean, in units of their standard deviation, both over the whole table.
+    """Return `scores` [P, N] less their mean for each prompt, in units of their standard deviation within prompts.
 
-    Zero is then what the policy gets by itself, and scores of different models can be compared and joined. Scores that
-    are all the same become zero.
+    Zero is then what the policy gets by itself, and scores of different models can be compared and joined. Pairs of
+    responses to one prompt say nothing of a score's mean for that prompt, so that nothing may depend on it. The
+    standard deviation is one for all prompts: √ of the mean square of what is left. Scores that are all the same for
+    each prompt become zero.
     """
-    centred = scores - scores.mean()
+    centred = scores - scores.mean(axis=1, keepdims=True)
     deviation = centred.std()
     # Where all are the same but for the rounding of their mean, there is nothing to scale.
-    is_constant = deviation <= 1e-12 * max(abs(scores.mean()), 1e-300)
+    is_constant = deviation <= 1e-12 * max(np.abs(scores).max(), 1e-300)
     return np.zeros_like(centred) if is_constant else centred / deviation
 
 

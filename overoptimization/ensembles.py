@@ -26,10 +26,11 @@ _JOINED: dict[str, Callable[[np.ndarray], np.ndarray]] = {"mean": ensemble_mean,
 def join_scores(members: np.ndarray, method: str) -> np.ndarray:
     """Return the score [P, N] of the ensemble of members with the scores [M, P, N], by a `method` of ENSEMBLE_METHODS.
 
-    Members are standardised over the table first: Bradley-Terry training fixes neither zero nor scale of a score, and
-    the mean would follow the member with the largest scale, the lowest score the one with the lowest zero.
+    Members are standardised within prompts first: Bradley-Terry training fixes neither the scale of a score nor its
+    zero, which may be another for each prompt. The mean would follow the member with the largest scale, the lowest
+    score the one with the lowest zero.
 
     Source: Coste et al., Reward model ensembles help mitigate overoptimization (arXiv 2310.02743): mean and worst-case
-    optimisation. That members are standardised over this table is our reading.
+    optimisation. That members are standardised, and within prompts, is our reading.
     """
     return _JOINED[method](np.stack([standardized(member) for member in members]))

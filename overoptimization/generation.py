@@ -44,7 +44,9 @@ def read_prompts(settings: PolicySettings) -> list[Messages]:
     return prompts
 
 
-def sample_facts(settings: PolicySettings, prompts: list[Messages]) -> dict[str, Any]:
+def sample_facts(
+    settings: PolicySettings, prompts: list[Messages], *, batch_size: int, dtype: str = "auto"
+) -> dict[str, Any]:
     """Return what makes samples what they are; those with the same facts need not be drawn again."""
     return {
         "policy": checkpoint_identity(settings.policy),
@@ -53,6 +55,9 @@ def sample_facts(settings: PolicySettings, prompts: list[Messages]) -> dict[str,
         "temperature": settings.temperature,
         "max_new_tokens": settings.max_new_tokens,
         "seed": settings.seed,
+        # Responses that are drawn together share random numbers.
+        "batch_size": min(batch_size, settings.num_samples),
+        "dtype": dtype,
     }
 
 
@@ -101,7 +106,8 @@ def generate_samples(
             f"{num_cut:,} of {len(kept) * settings.num_samples:,} responses do not end within "
             f"{settings.max_new_tokens} tokens and are cut; raise --max-new-tokens if that matters."
         )
-    origin = {**sample_facts(settings, prompts), "num_prompts_left_out": len(prompts) - len(kept), "num_cut": num_cut}
+    facts = sample_facts(settings, prompts, batch_size=batch_size, dtype=dtype)
+    origin = {**facts, "num_prompts_left_out": len(prompts) - len(kept), "num_cut": num_cut}
     return SampleTable(kept, responses, origin)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .bootstrap import Interval, interval_of_largest, percentile_interval
+from .bootstrap import ROUNDING, Interval, interval_of_largest, percentile_interval, seed_errors
 from .curves import best_of_n, standardized
 
 
@@ -23,11 +23,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a curve says, in standard deviations of gold over the table, and how good its scores are.
+    """What a curve says, in standard deviations of gold within prompts, and how good its scores are.
 
     Args:
-        gold_at_one: what the policy gets without a choice: zero, as gold is standardised.
-        gold_at_peak: the most that gold reaches.
+        gold_at_peak: the most that gold reaches; zero is what the policy gets without a choice.
         peak: the n where it does; the smallest, if several.
         gold_at_end: gold with a choice among all N.
         drop: `gold_at_peak − gold_at_end`.
@@ -40,7 +39,6 @@ class Figures:
         correlation: of proxy and gold within prompts (Pearson); None where one of them is constant there.
     """
 
-    gold_at_one: float
     gold_at_peak: float
     peak: int
     gold_at_end: float
@@ -53,40 +51,55 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class SeedResult:
-    """One reward model by itself: its curves [C], figures, and the interval of the drop."""
+class RiseAndFall:
+    """What is certain of a curve of gold.
+
+    Args:
+        rise_interval: of `figures.gold_at_peak`, valid for whichever n is the peak.
+        drop_interval: of `figures.drop`, valid likewise.
+        end_interval: of `figures.gold_at_end`.
+    """
+
+    rise_interval: Interval
+    drop_interval: Interval
+    end_interval: Interval
+
+    @property
+    def overoptimizes(self) -> bool:
+        """Whether gold first rises and then falls for certain: both intervals are above zero.
+
+        Gold that only falls belongs to a reward model that is wrong from the start, however little it is optimised.
+        """
+        return self.rise_interval.low > 0 and self.drop_interval.low > 0
+
+    @property
+    def is_worse_than_no_choice(self) -> bool:
+        """Whether gold is not shown to rise, and at N is below what the policy gets by itself for certain."""
+        return self.rise_interval.low <= 0 and self.end_interval.high < -ROUNDING
+
+
+@dataclass(frozen=True)
+class SeedResult(RiseAndFall):
+    """One reward model by itself: its curves [C] and figures."""
 
     gold: list[float]
     proxy: list[float]
     figures: Figures
-    drop_interval: Interval
-
-    @property
-    def overoptimizes(self) -> bool:
-        """Whether gold falls for certain: the interval of the drop is above zero."""
-        return self.drop_interval.low > 0
 
 
 @dataclass(frozen=True)
-class ModelResult:
+class ModelResult(RiseAndFall):
     """A reward model, or several seeds of one: the curves of their mean, and each by itself.
 
     Args:
-        drop_interval: of `figures.drop`, valid for whichever n is the peak.
-        gold_per_prompt: [P, C], for differences to other models.
+        gold_per_prompt: of each seed [S, P, C], for differences to other models.
     """
 
     gold: Curve
     proxy: Curve
     figures: Figures
-    drop_interval: Interval
     seeds: list[SeedResult]
     gold_per_prompt: np.ndarray
-
-    @property
-    def overoptimizes(self) -> bool:
-        """Whether gold falls for certain: the interval of the drop is above zero."""
-        return self.drop_interval.low > 0
 
 
 @dataclass(frozen=True)
@@ -99,11 +112,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What differs from the baseline. The peaks are those of the whole table in each resample."""
+    """What differs from the baseline. The peaks are those of the whole table in each resample.
+
+    Args:
+        over_seeds: whether intervals tell what other seeds would have given, not other prompts only: both models have
+            several.
+    """
 
     gold_at_peak: Difference
     gold_at_end: Difference
     drop: Difference
+    over_seeds: bool
 
 
 def measure(scores: np.ndarray, gold: np.ndarray, numbers: Sequence[int], weights: np.ndarray) -> ModelResult:
@@ -130,7 +149,7 @@ def measure(scores: np.ndarray, gold: np.ndarray, numbers: Sequence[int], weight
             gold=by_gold.mean(axis=0).tolist(),
             proxy=by_proxy.mean(axis=0).tolist(),
             figures=_figures(by_gold.mean(axis=0), by_proxy.mean(axis=0), numbers, oracle, *agreement),
-            drop_interval=_drop_interval(by_gold, weights),
+            **_intervals(by_gold, weights),
         )
         for by_gold, by_proxy, agreement in zip(gold_curves, proxy_curves, agreements, strict=True)
     ]
@@ -140,31 +159,52 @@ def measure(scores: np.ndarray, gold: np.ndarray, numbers: Sequence[int], weight
         gold=_curve(per_prompt, weights),
         proxy=_curve(proxy_per_prompt, weights),
         figures=_figures(per_prompt.mean(axis=0), proxy_per_prompt.mean(axis=0), numbers, oracle, *agreement),
-        drop_interval=_drop_interval(per_prompt, weights),
         seeds=seeds,
-        gold_per_prompt=per_prompt,
+        gold_per_prompt=gold_curves,
+        **_intervals(per_prompt, weights),
     )
 
 
-def compare(model: ModelResult, baseline: ModelResult, weights: np.ndarray) -> Comparison:
-    """Return how `model` differs from `baseline`, with paired intervals; `weights` [B, P] as they were measured."""
-    peaks = [int(np.argmax(one.gold.values)) for one in (model, baseline)]
-    at_peak, other_at_peak = (one.gold_per_prompt[:, peak] for one, peak in zip((model, baseline), peaks, strict=True))
-    at_end, other_at_end = model.gold_per_prompt[:, -1], baseline.gold_per_prompt[:, -1]
+def compare(
+    model: ModelResult, baseline: ModelResult, weights: np.ndarray, generator: np.random.Generator
+) -> Comparison:
+    """Return how `model` differs from `baseline`, with intervals that are paired by prompt.
+
+    Args:
+        weights: of the prompts in each resample [B, P], as the two were measured.
+        generator: of the errors of seeds, which are in the intervals where both models have several.
+    """
+    over_seeds = min(len(one.gold_per_prompt) for one in (model, baseline)) > 1
+    at_peak, other_at_peak = (one.gold_per_prompt[..., _peak(one.gold.values)] for one in (model, baseline))
+    at_end, other_at_end = (one.gold_per_prompt[..., -1] for one in (model, baseline))
+
+    def difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
+        per_prompt = ours.mean(axis=0) - theirs.mean(axis=0)
+        resampled = weights @ per_prompt
+        if over_seeds:
+            resampled += seed_errors(ours.mean(axis=1), theirs.mean(axis=1), len(resampled), generator)
+        return Difference(float(per_prompt.mean()), percentile_interval(resampled))
+
     return Comparison(
-        gold_at_peak=_difference(at_peak - other_at_peak, weights),
-        gold_at_end=_difference(at_end - other_at_end, weights),
-        drop=_difference((at_peak - at_end) - (other_at_peak - other_at_end), weights),
+        gold_at_peak=difference(at_peak, other_at_peak),
+        gold_at_end=difference(at_end, other_at_end),
+        drop=difference(at_peak - at_end, other_at_peak - other_at_end),
+        over_seeds=over_seeds,
     )
 
 
-def _drop_interval(per_prompt: np.ndarray, weights: np.ndarray) -> Interval:
+def _intervals(per_prompt: np.ndarray, weights: np.ndarray) -> dict[str, Interval]:
     falls = per_prompt - per_prompt[:, -1:]
-    return interval_of_largest(falls.mean(axis=0), weights @ falls)
+    return {
+        "rise_interval": interval_of_largest(per_prompt.mean(axis=0), weights @ per_prompt),
+        "drop_interval": interval_of_largest(falls.mean(axis=0), weights @ falls),
+        "end_interval": percentile_interval(weights @ per_prompt[:, -1]),
+    }
 
 
-def _difference(per_prompt: np.ndarray, weights: np.ndarray) -> Difference:
-    return Difference(float(per_prompt.mean()), percentile_interval(weights @ per_prompt))
+def _peak(gold: Sequence[float]) -> int:
+    """Return where gold [C] is largest, first of those that differ by rounding only."""
+    return int(np.argmax(np.asarray(gold) >= np.max(gold) - ROUNDING))
 
 
 def _curve(per_prompt: np.ndarray, weights: np.ndarray) -> Curve:
@@ -184,9 +224,8 @@ def _figures(
     pairwise_accuracy: float | None,
     correlation: float | None,
 ) -> Figures:
-    peak = int(np.argmax(gold))
+    peak = _peak(gold)
     return Figures(
-        gold_at_one=float(gold[0]),
         gold_at_peak=float(gold[peak]),
         peak=numbers[peak],
         gold_at_end=float(gold[-1]),

@@ -1,7 +1,7 @@
 """The folder that a measurement writes: the table of samples and scores, then the results and their picture."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from ..common.provenance import installed_versions
 from ..common.settings import SettingsError
 from ..preference.scoring import check_gives_one_score
 from .generation import generate_samples, read_prompts, sample_facts
+from .identity import checkpoint_identity
 from .plot import write_plot
 from .results import Results, measure_models
 from .samples import Messages, SampleTable, read_samples, table_facts
 from .score_table import TABLE_FILE, ScoreTable
-from .scoring import Scorer
+from .scoring import Scorer, gold_column
 from .settings import OveroptimizationSettings, PolicySettings
 
 
@@ -73,8 +74,10 @@ def measure_overoptimization(
     is_finished = (out / RESULTS_FILE).exists()
     check_output_folder(out, 0, _read(settings), overwrite or not is_finished, MEASUREMENT)
     _check_checkpoints(settings)
+    identities = {one: checkpoint_identity(one) for one in _reward_checkpoints(settings)}
+    _check_different(settings, identities)
     table = _open_table(settings, out, overwrite, progress)
-    scorer = Scorer(table, settings, progress)
+    scorer = Scorer(table, settings, identities, progress)
     gold = scorer.gold(settings.gold, settings.gold_column)
     results = measure_models(
         scorer.models(settings.reward_models, settings.ensembles),
@@ -98,11 +101,13 @@ def _open_table(settings: OveroptimizationSettings, out: Path, overwrite: bool, 
         _check_replaceable(out, kept is None or is_kept or overwrite)
     else:
         prompts = read_prompts(settings.samples)
-        is_kept = kept is not None and sample_facts(settings.samples, prompts).items() <= kept["origin"].items()
+        facts = sample_facts(settings.samples, prompts, batch_size=settings.batch_size, dtype=settings.dtype)
+        is_kept = kept is not None and facts.items() <= kept["origin"].items()
         _check_replaceable(out, kept is None or is_kept or overwrite)
         if is_kept:
             progress.tell(f"{path}: its samples are taken.")
         samples = read_samples(path) if is_kept else _draw(settings, settings.samples, prompts, progress)
+    _check_samples(samples, settings.gold_column, progress)
     out.mkdir(parents=True, exist_ok=True)
     if not is_kept:
         # They would stand beside samples that are not theirs.
@@ -114,7 +119,25 @@ def _open_table(settings: OveroptimizationSettings, out: Path, overwrite: bool, 
 def _check_replaceable(out: Path, is_replaceable: bool) -> None:
     if not is_replaceable:
         raise SettingsError(
-            f"{out}: holds scores of other samples; give another folder, or --overwrite to replace them."
+            f"{out}: holds scores of other samples; give another folder, or --overwrite to replace them. "
+            f"--samples {out / TABLE_FILE} takes those."
+        )
+
+
+def _check_samples(samples: SampleTable, column: str | None, progress: Progress) -> None:
+    """Check before the first hour of work that there is something to choose, and gold to choose it by."""
+    if column is not None:
+        gold_column(samples, column)
+    num_prompts, _ = samples.shape
+    if samples.num_alike == num_prompts:
+        raise SettingsError(
+            "The responses to each prompt are all the same, so that there is nothing to choose; give others, or raise "
+            "--temperature."
+        )
+    if samples.num_alike:
+        progress.warn(
+            f"the responses to {samples.num_alike:,} of {num_prompts:,} prompts are all the same; they flatten every "
+            "curve."
         )
 
 
@@ -157,12 +180,17 @@ def _facts(
             "sha256": samples.sha256,
             "origin": samples.origin,
         },
-        "gold": {**source, "mean": float(gold.mean()), "standard_deviation": float(gold.std())},
+        "gold": {
+            **source,
+            "mean": float(gold.mean()),
+            "standard_deviation": float(gold.std()),
+            "standard_deviation_within_prompts": float((gold - gold.mean(axis=1, keepdims=True)).std()),
+        },
         "models": models,
         "settings": {
             name: getattr(settings, name) for name in ("max_length", "dtype", "batch_size", "num_resamples", "seed")
         },
-        "versions": installed_versions(),
+        "versions": installed_versions() | {"numpy": np.__version__},
     }
 
 
@@ -172,6 +200,23 @@ def _check_checkpoints(settings: OveroptimizationSettings) -> None:
         check_code(checkpoint.path, trust_remote_code=settings.trust_remote_code, revision=checkpoint.revision)
     for checkpoint in _reward_checkpoints(settings):
         check_gives_one_score(load_config(checkpoint.path, revision=checkpoint.revision), checkpoint.path)
+
+
+def _check_different(settings: OveroptimizationSettings, identities: Mapping[NamedCheckpoint, dict[str, Any]]) -> None:
+    """Check that no reward model is gold, and no seed another, wherever their folders are."""
+    for model in settings.reward_models:
+        for number, checkpoint in enumerate(model.checkpoints):
+            identity = identities[checkpoint]
+            if settings.gold is not None and identity == identities[settings.gold]:
+                raise SettingsError(
+                    f"{model.name}: {checkpoint.path} is gold itself ({settings.gold.path}); give a reward model that "
+                    "is not."
+                )
+            for other in model.checkpoints[:number]:
+                if identity == identities[other]:
+                    raise SettingsError(
+                        f"{model.name}: {checkpoint.path} is the same checkpoint as {other.path}; give each seed once."
+                    )
 
 
 def _checkpoints(settings: OveroptimizationSettings) -> Iterator[NamedCheckpoint]:

@@ -33,8 +33,8 @@ def write_plot(results: Results, path: Path) -> None:
     for number, model in enumerate(results.models.values()):
         _draw(left, results, model.gold, number)
         _draw(right, results, model.proxy, number)
-    _finish(left, results, "Gold: what the choice is worth", "gold, standard deviations over all samples")
-    _finish(right, results, "Proxy: what the model that chooses says", "own score, standard deviations")
+    _finish(left, results, "Gold: what the choice is worth", "gold, standard deviations within prompts")
+    _finish(right, results, "Proxy: what the model that chooses says", "own score, standard deviations within prompts")
     names = [_ORACLE, *results.models]
     # Matplotlib leaves those out of a legend that begin with an underscore.
     legend = figure.legend(left.lines[: len(names)], ["name"] * len(names), loc="outside lower center", ncols=4)

@@ -75,6 +75,11 @@ class Results:
         drop = f"{_drop(baseline, self.numbers[-1])}{_seeds(baseline)}"
         if baseline.overoptimizes:
             return f"{self.baseline}, the baseline, over-optimises: {drop}."
+        if baseline.is_worse_than_no_choice:
+            return (
+                f"{self.baseline}, the baseline, is worse than no choice: {drop}. It is wrong from the start, which "
+                "is no over-optimisation that another model could reduce; look at its accuracy."
+            )
         return (
             f"{self.baseline}, the baseline, does not over-optimise here: {drop}. There is nothing that another model "
             "could reduce; more responses or worse labels may bring it out."
@@ -83,7 +88,11 @@ class Results:
     def _verdict(self, name: str) -> str:
         model, comparison = self.models[name], self.comparisons[name]
         if not self.models[self.baseline].overoptimizes:
-            outcome = "over-optimises" if model.overoptimizes else "does not over-optimise either"
+            outcome = "does not over-optimise either"
+            if model.overoptimizes:
+                outcome = "over-optimises"
+            elif model.is_worse_than_no_choice:
+                outcome = "is worse than no choice"
             return f"{name} {outcome}: {_drop(model, self.numbers[-1])}{_seeds(model)}."
         drop, at_end = comparison.drop, comparison.gold_at_end
         if self.reduces(name):
@@ -92,6 +101,8 @@ class Results:
             outcome = f"loses more than {self.baseline}"
         else:
             outcome = f"is not shown to lose less than {self.baseline}, or more"
+        if not comparison.over_seeds:
+            outcome += ", on these seeds"
         return (
             f"{name} {outcome}: its drop differs by {drop.value:+.3f} {drop.interval}, its gold at n = "
             f"{self.numbers[-1]} by {at_end.value:+.3f} {at_end.interval}."
@@ -123,7 +134,10 @@ def measure_models(
         baseline=baseline,
         models=models,
         comparisons={
-            name: compare(model, models[baseline], weights) for name, model in models.items() if name != baseline
+            # The same draws for all: a model more changes no other.
+            name: compare(model, models[baseline], weights, np.random.default_rng([seed, 1]))
+            for name, model in models.items()
+            if name != baseline
         },
     )
 
@@ -132,20 +146,29 @@ def _drop(model: ModelResult, last: int) -> str:
     figures = model.figures
     if figures.peak == last:
         return f"gold still rises at n = {last}, to {figures.gold_at_end:+.3f}"
-    return f"gold falls by {figures.drop:.3f} {model.drop_interval} from n = {figures.peak} to {last}"
+    fall = f"gold falls by {figures.drop:.3f} {model.drop_interval} from n = {figures.peak} to {last}"
+    is_seen_to_rise = model.rise_interval.low > 0
+    return fall if is_seen_to_rise else f"{fall} and is not shown to rise before"
 
 
 def _seeds(model: ModelResult) -> str:
-    """Return how many of several seeds over-optimise: their mean may hide one that does."""
+    """Return what several seeds do by themselves, which their mean may hide."""
     if len(model.seeds) == 1:
         return ""
-    return f"; {sum(seed.overoptimizes for seed in model.seeds)} of {len(model.seeds)} seeds do by themselves"
+    seeds = (
+        f"; {sum(seed.overoptimizes for seed in model.seeds)} of {len(model.seeds)} seeds over-optimise by themselves"
+    )
+    if num_worse := sum(seed.is_worse_than_no_choice for seed in model.seeds):
+        seeds += f", {num_worse} worse than no choice"
+    return seeds
 
 
 def _model_dict(model: ModelResult) -> dict[str, Any]:
     return {
         "overoptimizes": model.overoptimizes,
+        "is_worse_than_no_choice": model.is_worse_than_no_choice,
         "figures": asdict(model.figures),
+        "rise_interval": asdict(model.rise_interval),
         "drop_interval": asdict(model.drop_interval),
         "gold": asdict(model.gold),
         "proxy": asdict(model.proxy),

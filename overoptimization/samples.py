@@ -53,6 +53,11 @@ class SampleTable:
         """What tells these prompts and responses from others."""
         return hashlib.sha256(json.dumps([self.prompts, self.responses]).encode()).hexdigest()
 
+    @property
+    def num_alike(self) -> int:
+        """How many prompts have responses that are all the same."""
+        return sum(len(set(responses)) == 1 for responses in self.responses)
+
     def conversations(self) -> list[Messages]:
         """Return each prompt with each response [P · N], all responses to a prompt together."""
         return [
@@ -108,7 +113,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         if path.suffix == ".parquet":
             return pq.read_table(path).to_pylist()
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # A line ends at its newline only: a text may have other characters that separate lines.
+        with path.open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines if line.strip()]
     except (pa.ArrowInvalid, ValueError) as error:
         raise SettingsError(f"{path}: cannot be read ({first_line(error)}).") from error
     if not all(isinstance(row, dict) for row in rows):
@@ -120,15 +127,16 @@ def as_messages(prompt: Any, where: str) -> Messages:
     """Return a prompt as messages: a text is what the user says.
 
     Raises:
-        SettingsError: if it is neither text nor messages.
+        SettingsError: if it is neither text nor messages, or no Unicode.
     """
     if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
+        prompt = [{"role": "user", "content": prompt}]
     is_dialogue = isinstance(prompt, list) and all(_is_message(message) for message in prompt)
     if not is_dialogue or not prompt or prompt[-1]["role"] == "assistant":
         raise SettingsError(
             f"{where}: 'prompt' is neither a text nor messages with 'role' and 'content' that await an answer."
         )
+    _check_text([message["content"] for message in prompt], f"{where}: 'prompt'")
     return [{"role": message["role"], "content": message["content"]} for message in prompt]
 
 
@@ -139,7 +147,17 @@ def _is_message(message: Any) -> bool:
 def _responses(texts: Any, where: str) -> list[str]:
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise SettingsError(f"{where}: 'responses' is no list of texts.")
+    _check_text(texts, f"{where}: 'responses'")
     return texts
+
+
+def _check_text(texts: list[str], where: str) -> None:
+    """Check what JSON lets through, and no tokenizer or file takes: halves of characters, as in "\\ud800"."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise SettingsError(f"{where} has half a character ({first_line(error)}); remove it.") from error
 
 
 def _number_columns(rows: list[dict[str, Any]], num_responses: int) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
 Dimensions: S seeds, P prompts, N responses to each.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,32 +15,45 @@ from ..common.progress import Progress
 from ..common.settings import SettingsError
 from ..preference.scoring import load_reward_model, score_conversations
 from .ensembles import join_scores
-from .identity import checkpoint_identity
+from .samples import SampleTable
 from .score_table import ScoreTable
 from .settings import Ensemble, OveroptimizationSettings, RewardModel
 
 
 class Scorer:
-    """Scores the samples of a table by reward models, each once: what the table has is taken from there."""
+    """Scores the samples of a table by reward models, each once: what the table has is taken from there.
 
-    def __init__(self, table: ScoreTable, settings: OveroptimizationSettings, progress: Progress):
+    Args:
+        identities: of all checkpoints that it is asked for, as `checkpoint_identity` returns them.
+    """
+
+    def __init__(
+        self,
+        table: ScoreTable,
+        settings: OveroptimizationSettings,
+        identities: Mapping[NamedCheckpoint, dict[str, Any]],
+        progress: Progress,
+    ):
         self._table = table
         self._settings = settings
+        self._identities = identities
         self._progress = progress
-        self._facts: dict[NamedCheckpoint, dict[str, Any]] = {}
 
     def gold(self, checkpoint: NamedCheckpoint | None, column: str | None) -> np.ndarray:
         """Return gold's scores [P, N], by its model or from a column of the samples.
 
         Raises:
-            SettingsError: if there is no such column, gold cannot be loaded, or all its scores are the same.
+            SettingsError: if there is no such column, gold cannot be loaded, or it gives all responses to a prompt the
+                same score, whatever the prompt.
         """
         if checkpoint is not None:
             gold, name = self._scores(checkpoint), checkpoint.path
         else:
-            gold, name = self._column(column), f"column {column!r}"
-        if gold.min() == gold.max():
-            raise SettingsError(f"{name}: gold scores all responses {gold.min():g}; give one that tells them apart.")
+            gold, name = gold_column(self._table.samples, column), f"column {column!r}"
+        if not np.ptp(gold, axis=1).any():
+            raise SettingsError(
+                f"{name}: gold scores all responses to a prompt the same; give one that tells them apart."
+            )
         return gold
 
     def models(self, models: Iterable[RewardModel], ensembles: Iterable[Ensemble]) -> dict[str, np.ndarray]:
@@ -91,22 +104,25 @@ class Scorer:
         free_memory()
         return np.array(scores, dtype=float).reshape(samples.shape)
 
-    def _column(self, name: str) -> np.ndarray:
-        columns = self._table.samples.columns
-        if name not in columns:
-            there = ", ".join(map(repr, columns)) or "none"
-            raise SettingsError(f"gold_column={name!r}: no column with a number for each response; there is {there}.")
-        return _checked(columns[name], f"column {name!r}")
-
     def _facts_of(self, checkpoint: NamedCheckpoint) -> dict[str, Any]:
         """Return what its scores depend on, which is not its name."""
-        if checkpoint not in self._facts:
-            self._facts[checkpoint] = {
-                "checkpoint": checkpoint_identity(checkpoint),
-                "max_length": self._settings.max_length,
-                "dtype": self._settings.dtype,
-            }
-        return self._facts[checkpoint]
+        return {
+            "checkpoint": self._identities[checkpoint],
+            "max_length": self._settings.max_length,
+            "dtype": self._settings.dtype,
+        }
+
+
+def gold_column(samples: SampleTable, name: str) -> np.ndarray:
+    """Return the column [P, N] of `samples` with gold's scores.
+
+    Raises:
+        SettingsError: if there is none, or a score is no number.
+    """
+    if name not in samples.columns:
+        there = ", ".join(map(repr, samples.columns)) or "none"
+        raise SettingsError(f"gold_column={name!r}: no column with a number for each response; there is {there}.")
+    return _checked(samples.columns[name], f"column {name!r}")
 
 
 def _checked(scores: np.ndarray, name: str) -> np.ndarray:

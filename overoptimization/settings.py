@@ -1,5 +1,6 @@
 """What is measured, of which models, on which samples. Imports nothing heavy: the command line shows the choices."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,12 +65,14 @@ class PolicySettings:
     def __post_init__(self) -> None:
         if not self.prompts:
             raise SettingsError("A policy needs prompts; name preference pairs, or files with a column 'prompt'.")
-        for name, least in (("max_prompts", 2), ("num_samples", 2), ("max_new_tokens", 1)):
+        for name, least in (("max_prompts", 2), ("num_samples", 2), ("max_new_tokens", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SettingsError(f"{name}={value} must be at least {least}.")
         if not self.temperature > 0:
             raise SettingsError(f"temperature={self.temperature} must be above zero, or all responses are the same.")
+        if math.isinf(self.temperature):
+            raise SettingsError(f"temperature={self.temperature} must be finite, or the policy does not matter.")
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class OveroptimizationSettings:
             raise SettingsError("Give gold once: a reward model, or a column of the samples with its scores.")
         if self.gold_column is not None and isinstance(self.samples, PolicySettings):
             raise SettingsError("Samples of a policy have no column of gold scores; give a gold reward model.")
-        for name, least in (("batch_size", 1), ("max_length", 1), ("num_resamples", 100)):
+        for name, least in (("batch_size", 1), ("max_length", 1), ("num_resamples", 100), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SettingsError(f"{name}={value} must be at least {least}.")

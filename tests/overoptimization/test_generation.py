@@ -87,12 +87,21 @@ def test_prompts_that_leave_no_place_are_left_out(policy):
 
 
 def test_the_facts_tell_samples_apart(policy):
-    def facts(prompts=PROMPTS, folder=policy, **changes):
-        return sample_facts(PolicySettings(NamedCheckpoint("policy", str(folder)), ["x"], **changes), prompts)
+    def facts(prompts=PROMPTS, batch_size=8, dtype="auto", **changes):
+        settings = PolicySettings(NamedCheckpoint("policy", str(policy)), ["x"], **{"num_samples": 12, **changes})
+        return sample_facts(settings, prompts, batch_size=batch_size, dtype=dtype)
 
     assert facts() == facts()
     others = [facts(PROMPTS[:2]), facts(temperature=0.5), facts(num_samples=2), facts(max_new_tokens=1), facts(seed=1)]
+    others += [facts(batch_size=4), facts(dtype="bfloat16")]
     assert all(other != facts() for other in others)
+    # No batch is larger than what is drawn.
+    assert facts(batch_size=12) == facts(batch_size=100)
+
+
+def test_the_samples_say_how_they_were_drawn(samples, policy):
+    settings = PolicySettings(NamedCheckpoint("policy", str(policy)), ["x"], num_samples=12, max_new_tokens=4)
+    assert sample_facts(settings, PROMPTS, batch_size=8).items() <= samples.origin.items()
 
 
 def test_a_policy_without_a_chat_template_is_refused(policy, tmp_path):

@@ -20,7 +20,8 @@ def world():
     flaw = generator.random((PROMPTS, RESPONSES)) < 0.05
     gold = generator.normal(size=(PROMPTS, RESPONSES)) - 3 * flaw
     noise = generator.normal(size=(3, PROMPTS, RESPONSES))
-    return {"gold": gold, "hacked": gold + noise + 8 * flaw, "sound": gold + noise, "noise": noise[:1]}
+    hacked, sound = gold + noise + 8 * flaw, gold + noise
+    return {"gold": gold, "hacked": hacked, "sound": sound, "noise": noise[:1], "against": noise[:1] - gold}
 
 
 def measured(world, baseline, *names, seed=0):
@@ -49,7 +50,39 @@ def test_gold_is_in_standard_deviations_from_the_policy(world):
     shifted = world | {"gold": 5 + 3 * world["gold"]}
     same, other = (measured(one, "hacked").models["hacked"] for one in (world, shifted))
     np.testing.assert_allclose(same.gold.values, other.gold.values, atol=1e-12)
-    assert same.figures.gold_at_one == pytest.approx(0, abs=1e-12)
+    assert same.gold.values[0] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("moved", ["gold", "hacked"])
+def test_what_is_added_to_all_responses_to_a_prompt_does_not_matter(world, moved):
+    offsets = 10 * np.random.default_rng(1).normal(size=(PROMPTS, 1))
+    same, other = (measured(one, "hacked", "sound") for one in (world, world | {moved: world[moved] + offsets}))
+    for name in ("hacked", "sound"):
+        first, second = (dataclasses.asdict(one.models[name].figures) for one in (same, other))
+        assert first == pytest.approx(second)
+    assert same.comparisons["sound"].drop.value == pytest.approx(other.comparisons["sound"].drop.value)
+
+
+def test_a_proxy_that_is_wrong_from_the_start_does_not_over_optimise(world):
+    results = measured(world, "against", "noise", "hacked")
+    against = results.models["against"]
+    assert against.drop_interval.low > 0
+    assert (against.figures.peak, against.overoptimizes, against.is_worse_than_no_choice) == (1, False, True)
+    assert not results.models["noise"].is_worse_than_no_choice
+    assert not results.models["hacked"].is_worse_than_no_choice
+    assert not any(results.reduces(name) for name in results.comparisons)
+    first = results.verdicts()[0]
+    assert first.startswith("against, the baseline, is worse than no choice: gold falls by ")
+    assert f"from n = 1 to {RESPONSES} and is not shown to rise before. It is wrong from the start" in first
+    second = measured(world, "sound", "against").verdicts()[1]
+    assert second.startswith("against is worse than no choice: ")
+    assert results.to_dict()["models"]["against"]["is_worse_than_no_choice"] is True
+
+
+def test_a_proxy_that_chooses_nothing_has_its_peak_without_a_choice(world):
+    results = measured(world | {"constant": np.full((1, PROMPTS, RESPONSES), 0.1)}, "constant")
+    assert results.models["constant"].figures.peak == 1
+    assert results.verdicts()[0].startswith("constant, the baseline, does not over-optimise here: gold falls by 0.000")
 
 
 def test_the_figures_of_seeds_are_their_own_and_the_curve_is_their_mean(world):
@@ -79,7 +112,8 @@ def test_noise_gains_nothing_and_loses_nothing(world):
 
 def test_differences_are_paired(world):
     """A model that differs from the baseline by a constant has no difference at all, in any resample."""
-    results = measured(world | {"same": 2 * world["hacked"] + 1}, "hacked", "same", "sound")
+    same = 2 * world["hacked"].mean(axis=0, keepdims=True) + 1
+    results = measured(world | {"hacked": world["hacked"].mean(axis=0)[None], "same": same}, "hacked", "same", "sound")
     same, sound = results.comparisons["same"], results.comparisons["sound"]
     for difference in (same.drop, same.gold_at_peak, same.gold_at_end):
         assert difference.interval.low == pytest.approx(0, abs=1e-12)
@@ -89,6 +123,30 @@ def test_differences_are_paired(world):
     assert sound.gold_at_end.value == pytest.approx(results.models["sound"].figures.gold_at_end - hacked.gold_at_end)
     assert results.reduces("sound")
     assert not results.reduces("same")
+
+
+def test_intervals_are_over_seeds_where_both_models_have_several(world):
+    """Seeds that differ widely: one of each model loves the flaw, which two of each do not."""
+    ours, theirs = (np.stack([world["sound"][0], world["sound"][1], world["hacked"][seed]]) for seed in (0, 1))
+    worlds = world | {"ours": ours, "theirs": theirs, "alone": ours.mean(axis=0)[None]}
+    results = measured(worlds, "theirs", "ours", "alone")
+    over_seeds, over_prompts = results.comparisons["ours"], results.comparisons["alone"]
+    assert (over_seeds.over_seeds, over_prompts.over_seeds) == (True, False)
+    widths = [one.gold_at_end.interval.high - one.gold_at_end.interval.low for one in (over_seeds, over_prompts)]
+    assert widths[0] > 3 * widths[1]
+    assert results.to_dict()["comparisons"]["alone"]["over_seeds"] is False
+
+
+def test_a_comparison_of_single_models_says_that_it_is_of_them(world):
+    results = measured(world | {"one": world["sound"][:1]}, "hacked", "sound", "one")
+    _, several, one = results.verdicts()
+    assert several.startswith("sound loses less than hacked: ")
+    assert one.startswith("one loses less than hacked, on these seeds: ")
+
+
+def test_a_model_more_changes_no_other_comparison(world):
+    alone, together = measured(world, "hacked", "sound"), measured(world, "hacked", "noise", "sound")
+    assert alone.comparisons["sound"] == together.comparisons["sound"]
 
 
 def test_the_same_seed_gives_the_same_results(world):
@@ -115,10 +173,12 @@ def test_nothing_is_reduced_unless_the_baseline_over_optimises_for_certain(world
 def test_it_says_what_the_mean_of_seeds_hides(world):
     hacked, sound = world["hacked"], world["sound"]
     mixed = np.stack([sound[0], sound[1], hacked[2]])
-    results = measured(world | {"mixed": mixed}, "sound", "mixed", "noise")
-    first, second, third = results.verdicts()
-    assert "; 0 of 3 seeds do by themselves. There is nothing" in first
-    assert second.endswith("; 1 of 3 seeds do by themselves.")
+    doubtful = np.stack([sound[0], sound[1], world["against"][0]])
+    results = measured(world | {"mixed": mixed, "doubtful": doubtful}, "sound", "mixed", "noise", "doubtful")
+    first, second, third, fourth = results.verdicts()
+    assert "; 0 of 3 seeds over-optimise by themselves. There is nothing" in first
+    assert second.endswith("; 1 of 3 seeds over-optimise by themselves.")
+    assert fourth.endswith("; 0 of 3 seeds over-optimise by themselves, 1 worse than no choice.")
     assert "seeds" not in third
 
 

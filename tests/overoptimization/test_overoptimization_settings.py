@@ -97,6 +97,7 @@ def test_the_first_model_is_the_baseline_unless_another_is_named():
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"max_length": 0}, "max_length=0 must be at least 1"),
         ({"num_resamples": 99}, "num_resamples=99 must be at least 100"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
         ({"dtype": "int8"}, "dtype='int8': choose one of auto"),
     ],
 )
@@ -115,6 +116,8 @@ def test_settings_that_do_not_fit_together(changes, message):
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"temperature": 0.0}, "temperature=0.0 must be above zero"),
         ({"temperature": float("nan")}, "temperature=nan must be above zero"),
+        ({"temperature": float("inf")}, "temperature=inf must be finite"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
     ],
 )
 def test_a_policy_that_cannot_be(changes, message):

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import re
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -91,8 +93,9 @@ def test_the_scores_are_those_of_the_models(settings, samples_file, tmp_path):
         np.testing.assert_allclose(np.ravel(table.column(source["column"]).to_pylist()), expected, atol=1e-6)
     gold = np.array(table.column(content["gold"]["column"]).to_pylist())
     assert content["gold"]["mean"] == pytest.approx(gold.mean())
-    best = (gold.max(axis=1).mean() - gold.mean()) / gold.std()
-    assert content["oracle"]["values"][-1] == pytest.approx(best)
+    centred = gold - gold.mean(axis=1, keepdims=True)
+    assert content["gold"]["standard_deviation_within_prompts"] == pytest.approx(centred.std())
+    assert content["oracle"]["values"][-1] == pytest.approx(centred.max(axis=1).mean() / centred.std())
 
 
 def test_gold_may_be_a_column(settings, tmp_path, scored):
@@ -109,6 +112,20 @@ def test_gold_may_be_a_column(settings, tmp_path, scored):
 def test_a_gold_column_that_is_not_there(settings, tmp_path, column, message):
     with pytest.raises(SettingsError, match=message):
         measure_overoptimization(settings(gold=None, gold_column=column), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seeds", [(0, 3), (0, 0)])
+def test_gold_is_no_proxy_and_no_seed_comes_twice(settings, tmp_path, scored, reward_model, seeds):
+    """A folder elsewhere with the same content is the same checkpoint."""
+    first, second = (reward_model(seed) for seed in seeds)
+    copied = shutil.copytree(second, tmp_path / "copied")
+    models = [RewardModel("a", tuple(NamedCheckpoint("a", str(folder)) for folder in (first, copied)))]
+    message = f"a: {copied} is " + ("gold itself" if seeds[1] == 3 else f"the same checkpoint as {first}")
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        measure_overoptimization(settings(reward_models=models), tmp_path / "out")
+    assert scored == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_was_stopped_goes_on(settings, tmp_path, scored, monkeypatch):
@@ -219,8 +236,32 @@ def test_scores_that_are_no_numbers_are_refused(settings, tmp_path, monkeypatch)
 
 def test_gold_that_tells_nothing_apart_is_refused(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "score_conversations", lambda *_, **__: [0.5] * 24)
-    with pytest.raises(SettingsError, match=r"gold scores all responses 0.5; give one that tells them apart"):
+    with pytest.raises(SettingsError, match=r"gold scores all responses to a prompt the same; give one that tells"):
         measure_overoptimization(settings(), tmp_path / "out")
+
+
+def test_gold_that_tells_only_prompts_apart_is_refused(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "score_conversations", lambda *_, **__: np.repeat(range(4), 6).tolist())
+    with pytest.raises(SettingsError, match="gold scores all responses to a prompt the same"):
+        measure_overoptimization(settings(), tmp_path / "out")
+
+
+@pytest.mark.parametrize("num_alike", [1, 4])
+def test_responses_that_are_all_alike_leave_no_choice(settings, samples_file, tmp_path, num_alike):
+    rows = [json.loads(line) for line in samples_file.read_text().splitlines()]
+    for row in rows[:num_alike]:
+        row["responses"] = ["the same"] * 6
+    path = tmp_path / "alike.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    given = settings(samples=path, gold=None, gold_column="human")
+    if num_alike == 4:
+        with pytest.raises(SettingsError, match="are all the same, so that there is nothing to choose"):
+            measure_overoptimization(given, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    else:
+        progress = Warnings()
+        measure_overoptimization(given, tmp_path / "out", progress=progress)
+        assert "the responses to 1 of 4 prompts are all the same" in progress.messages[0]
 
 
 def test_a_folder_of_others_is_not_replaced(settings, tmp_path):

@@ -6,6 +6,7 @@ from upcycled_moe.overoptimization.bootstrap import (
     interval_of_largest,
     percentile_interval,
     resample_weights,
+    seed_errors,
 )
 
 
@@ -51,6 +52,31 @@ def false_alarms(naive):
 def test_the_largest_of_many_raises_no_false_alarm():
     assert false_alarms(naive=True) > 0.15
     assert false_alarms(naive=False) < 0.06
+
+
+@pytest.mark.parametrize("num_seeds", [(2, 2), (3, 3), (2, 6)])
+def test_other_seeds_of_one_method_raise_no_false_alarm(num_seeds):
+    generator = np.random.default_rng(0)
+    weights = resample_weights(60, 300, generator)
+    alarms = np.zeros(2)
+    for _ in range(300):
+        ours, theirs = (
+            generator.normal(size=(number, 1)) + generator.normal(size=(number, 60)) for number in num_seeds
+        )
+        over_prompts = weights @ (ours.mean(axis=0) - theirs.mean(axis=0))
+        over_seeds = over_prompts + seed_errors(ours.mean(axis=1), theirs.mean(axis=1), 300, generator)
+        intervals = map(percentile_interval, (over_prompts, over_seeds))
+        alarms += [not interval.low <= 0 <= interval.high for interval in intervals]
+    assert alarms[0] / 300 > 0.5
+    assert alarms[1] / 300 < 0.08
+
+
+def test_errors_of_many_seeds_are_those_of_their_means():
+    generator = np.random.default_rng(0)
+    ours, theirs = generator.normal(size=4000), generator.normal(size=1000)
+    errors = seed_errors(ours, theirs, 20_000, generator)
+    assert errors.std() == pytest.approx(np.sqrt(1 / 4000 + 1 / 1000), rel=0.05)
+    assert not seed_errors(np.ones(2), np.ones(3), 10, generator).any()
 
 
 def test_the_interval_of_the_largest_has_it():

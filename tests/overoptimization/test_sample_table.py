@@ -45,6 +45,14 @@ def test_texts_and_dialogues_are_prompts(samples):
     assert set(samples.columns) == {"human"}
 
 
+def test_a_row_ends_at_its_newline_only(tmp_path):
+    responses = ["one\u2028line", "\x85", "a\x0cb"]
+    line = json.dumps({"prompt": "x", "responses": responses}, ensure_ascii=False)
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(f"{line}\r\n{line}".encode())
+    assert read_samples(path).responses == [responses] * 2
+
+
 def test_parquet_says_the_same(tmp_path, samples):
     rows = [{**row, "prompt": prompt} for row, prompt in zip(ROWS, samples.prompts, strict=True)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "samples.parquet")
@@ -71,6 +79,8 @@ def test_other_responses_are_another_table(samples):
         ([ROWS[0], {"prompt": DIALOGUE[:3], "responses": ["a", "b"]}], "row 1: 'prompt' .* await an answer"),
         ([ROWS[0], {"prompt": [], "responses": ["a", "b"]}], "row 1: 'prompt' is neither"),
         ([ROWS[0], ["x"]], "a line is no JSON object"),
+        ([ROWS[0], {"prompt": "x", "responses": ["a", "\ud800"]}], "row 1: 'responses' has half a character"),
+        ([ROWS[0], {"prompt": "\ud800", "responses": ["a", "b"]}], "row 1: 'prompt' has half a character"),
     ],
 )
 def test_files_that_are_no_samples(tmp_path, rows, message):
