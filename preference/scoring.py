@@ -41,15 +41,10 @@ def load_reward_model(
         SettingsError: if it cannot be loaded, gives no single score, or has no chat template.
     """
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
-    # What Transformers raises for a missing or impossible checkpoint, configuration or class.
+    config, tokenizer = open_reward_model(name, revision, chat_template, trust_remote_code)
+    # What Transformers raises for missing or impossible weights.
     try:
-        config = AutoConfig.from_pretrained(name, **source)
-        check_gives_one_score(config, name)
-        tokenizer = AutoTokenizer.from_pretrained(name, **source)
-        set_chat_template(tokenizer, chat_template, name)
         model = AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=dtype, **source)
-    except SettingsError:
-        raise
     except (OSError, ValueError, ImportError) as error:
         raise SettingsError(f"{name}: {' '.join(str(error).split())}") from error
     if config.pad_token_id is None:
@@ -58,6 +53,28 @@ def load_reward_model(
         # What it was trained with decides which token it scores.
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
     return model.to(device or best_device()).eval(), tokenizer
+
+
+def open_reward_model(
+    name: str, revision: str | None = None, chat_template: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Return the configuration and the tokenizer of the reward model `name`, without its weights.
+
+    Raises:
+        SettingsError: if they cannot be loaded, it gives no single score, or has no chat template.
+    """
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    # What Transformers raises for a missing or impossible checkpoint, configuration or class.
+    try:
+        config = AutoConfig.from_pretrained(name, **source)
+        check_gives_one_score(config, name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        set_chat_template(tokenizer, chat_template, name)
+    except SettingsError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise SettingsError(f"{name}: {' '.join(str(error).split())}") from error
+    return config, tokenizer
 
 
 def check_gives_one_score(config: PreTrainedConfig, name: str) -> None:

@@ -40,7 +40,8 @@ def read(tmp_path):
             "eval_data": write_pairs(tmp_path / "test.jsonl", ["other", "Why 0?"]),
         }
         warnings = Warnings()
-        settings = {"use_cpu": True, "merge_share": 0.2, **paths, **settings}
+        share = {} if "merge_data" in settings else {"merge_share": 0.2}
+        settings = {"use_cpu": True, **share, **paths, **settings}
         return read_pair_sets(parse_arguments(command_line(settings)), warnings), warnings.messages
 
     return reading
@@ -82,7 +83,7 @@ def test_prompts_that_are_trained_on_and_measured_with_are_told(read, tmp_path):
     _, messages = read(prompts, num_rounds=2)
     assert [message.partition(",")[0].partition(" have")[0] for message in messages] == ["eval_data: 1 of 2 pairs"]
     merge_data = write_pairs(tmp_path / "merge.jsonl", ["Why 3?", "Why 4?", "new"])
-    sets, messages = read(prompts, num_rounds=2, merge_data=merge_data, merge_share=0)
+    sets, messages = read(prompts, num_rounds=2, merge_data=merge_data)
     assert "merge_data: 2 of 3 pairs have a prompt that train_data has too" in messages[-1]
     assert (len(sets.merge), sum(map(len, sets.rounds))) == (3, 10)
 
@@ -91,5 +92,5 @@ def test_pairs_that_say_nothing_are_told(read, tmp_path):
     row = {"prompt": "Why?", "chosen": "same", "rejected": "same"}
     path = write_pairs(tmp_path / "merge.jsonl", ["a", "b"])
     path.write_text(path.read_text() + json.dumps(row) + "\n", encoding="utf-8")
-    _, messages = read(["c", "d", "e"], num_rounds=2, merge_data=path, merge_share=0)
+    _, messages = read(["c", "d", "e"], num_rounds=2, merge_data=path)
     assert "1 of 3 pairs are left out" in messages[-1]

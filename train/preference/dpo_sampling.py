@@ -1,6 +1,5 @@
 """Answers that a policy gives to prompts."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,6 +7,10 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ...common.progress import Progress
+from ...common.seeds import seed_of
+from ...common.settings import SettingsError
+from ...preference.template import Messages
 from .log_probabilities import Answer, Tokens, prompt_tokens
 from .processes import over_processes
 
@@ -38,11 +41,15 @@ def sample_answers(
 ) -> list[list[Answer]]:
     """Return `num_samples` answers to each of `prompts`, with the token that ends them where they come to an end.
 
+    Tokens are drawn from the whole softmax, whatever the checkpoint's generation_config.json says of penalties and the
+    like: figures of the answers are to be those of the policy.
+
     All processes call it together, and share the batches. Each batch has random numbers of its own, by `seed` and its
     place, so that the same answers are drawn by any number of processes.
     """
     prompts_per_batch = max(sampling.batch_size // sampling.num_samples, 1)
     starts = range(0, len(prompts), prompts_per_batch)
+    ends = ending_tokens(tokenizer)
     config = GenerationConfig(
         do_sample=True,
         temperature=sampling.temperature,
@@ -51,7 +58,7 @@ def sample_answers(
         max_new_tokens=sampling.max_new_tokens,
         num_return_sequences=sampling.num_samples,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=ending_tokens(tokenizer),
+        eos_token_id=ends,
         bos_token_id=tokenizer.bos_token_id,
         use_cache=True,
     )
@@ -61,7 +68,47 @@ def sample_answers(
         with _seeded(model.device, seed, start):
             return _sampled(model, prompts[start : start + prompts_per_batch], config)
 
-    return [answers for batch in over_processes(of_batch, starts) for answers in batch]
+    with _neutral_generation(model):
+        return [answers for batch in over_processes(of_batch, starts) for answers in batch]
+
+
+def with_room(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages], room: int, name: str, progress: Progress
+) -> tuple[list[Messages], list[Tokens]]:
+    """Return those of `prompts` that are no longer than `room` tokens, and their tokens.
+
+    Args:
+        name: of the prompts, for errors and warnings.
+        progress: it is warned of prompts that are left out.
+
+    Raises:
+        SettingsError: if none is left.
+    """
+    both = [(prompt, prompt_tokens(tokenizer, prompt)) for prompt in prompts]
+    kept = [(prompt, tokens) for prompt, tokens in both if len(tokens) <= room]
+    if not kept:
+        raise SettingsError(
+            f"{name}: all {len(prompts):,} prompts are longer than max_length - max_new_tokens = {room} tokens; raise "
+            "max_length, or lower max_new_tokens."
+        )
+    if len(kept) < len(prompts):
+        progress.warn(
+            f"{name}: {len(prompts) - len(kept):,} of {len(prompts):,} prompts are longer than max_length - "
+            f"max_new_tokens = {room} tokens, and are left out."
+        )
+    return [prompt for prompt, _ in kept], [tokens for _, tokens in kept]
+
+
+def tell_unfinished(
+    tokenizer: PreTrainedTokenizerBase, answers: Sequence[Answer], sampling: Sampling, name: str, progress: Progress
+) -> None:
+    """Warn of answers that did not come to an end."""
+    ends = ending_tokens(tokenizer)
+    if num_unfinished := sum(answer.answer[-1] not in ends for answer in answers):
+        progress.warn(
+            f"{name}: {num_unfinished:,} of {len(answers):,} answers do not end within "
+            f"max_new_tokens={sampling.max_new_tokens}, and are cut."
+        )
 
 
 def ending_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -79,11 +126,21 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, answer: Answer) -> str:
 
 
 @contextmanager
+def _neutral_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Leave out what the checkpoint says of generation; Transformers would fill with it what a call leaves open."""
+    kept = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
+@contextmanager
 def _seeded(device: torch.device, *seeds: int) -> Iterator[None]:
     """Draw random numbers by `seeds` in this context, and go on as before after it."""
-    digest = hashlib.sha256(repr(seeds).encode()).digest()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int.from_bytes(digest[:7]))
+        torch.manual_seed(seed_of(*seeds))
         yield
 
 

@@ -21,11 +21,11 @@ from ...common.learned_merge.merge import LearnedMerge
 from ...common.pictures import can_draw
 from ...common.progress import Progress
 from ...common.seeds import seed_of
-from ...model_cards.card import write_card
 from ...preference.fit_plot import plot_fit
 from ...preference.fit_record import FitRecord
 from ...preference.fitting import fit_coefficients
 from ...preference.settings import FitSettings
+from .cards import write_card_or_warn
 from .dpo_arguments import IterativeDPOArguments
 from .processes import of_first_process
 
@@ -104,7 +104,13 @@ def make_reference(
     coefficients = reference_coefficients(round_folder)
     if state.is_main_process and only_policy(coefficients) is None and not folder.is_dir():
         series = open_checkpoints([str(policy) for policy in policies])
-        write_merged(series, coefficients, folder, progress=progress, finish=write_card)
+        write_merged(
+            series,
+            coefficients,
+            folder,
+            progress=progress,
+            finish=lambda made, source: write_card_or_warn(made, source, progress),
+        )
     state.wait_for_everyone()
 
 
