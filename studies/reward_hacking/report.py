@@ -60,13 +60,29 @@ def report_lines(results: Mapping[str, Any], pictures: Mapping[str, str]) -> lis
         f"{len(seeds)} seeds (t distribution). **Bold**: an interval of a difference excludes zero; none is corrected "
         "for how many there are.",
         "",
-        f"{results['wall_seconds'] / 60:.0f} minutes in all, with whatever else the machine did. {versions}.",
+        f"{results['wall_seconds'] / 60:.0f} minutes in all, with whatever else the machine did, and over as many "
+        f"starts as it took: between them the code may have changed. {versions}.",
+        "",
+        f"**{summary(results['worlds'])}**",
+        "",
+        *(f"- {note}" for note in results["settings"]["notes"]),
         "",
         *_gold_lines(results),
     ]
     for name, world in results["worlds"].items():
         lines += ["", *_world_lines(name, world, pictures.get(name))]
     return lines
+
+
+def summary(worlds: Mapping[str, Any]) -> str:
+    """Return in which worlds there is something to reduce."""
+    losing = [world["title"] for world in worlds.values() if world["best_of_n"]["baseline_overoptimizes"]]
+    if losing:
+        return f"The dense model over-optimises in {len(losing)} of {len(worlds)} worlds: {', '.join(losing)}."
+    return (
+        "The dense model over-optimises in none of the worlds. There was nothing to reduce: what follows neither "
+        "supports nor contradicts that merging reduces over-optimisation."
+    )
 
 
 def _gold_lines(results: Mapping[str, Any]) -> Iterator[str]:
@@ -86,6 +102,11 @@ def _gold_lines(results: Mapping[str, Any]) -> Iterator[str]:
         for source in sources
     ]
     yield from _table(["held-out pairs", "number", "accuracy of gold", "the longer answer"], rows)
+    yield ""
+    yield (
+        "Gold tells people's answers from the policy's (`origins`: both answer one question). It stands for that, "
+        'and for what people prefer only as far as it beats the longer answer on their pairs. "All" has both kinds.'
+    )
 
 
 def _world_lines(name: str, world: Mapping[str, Any], picture: str | None) -> Iterator[str]:
@@ -98,14 +119,18 @@ def _world_lines(name: str, world: Mapping[str, Any], picture: str | None) -> It
     header = ["reward model", "accuracy", "peak", "at n", f"n = {last}", "drop", "regret"]
     yield from _table(header, (_curve_row(name, measured) for name in METHODS))
     yield ""
-    yield "Less the dense model, paired by prompt; and gold at the largest n, paired by seed:"
+    yield "Less the dense model: paired by prompt, and by seed (which has the same first half of training):"
     yield ""
-    header = ["reward model", "drop", f"gold at n = {last}", f"gold at n = {last}, over seeds", "each seed"]
+    at_end = f"gold at n = {last}"
+    header = ["reward model", "drop", "drop, each seed", at_end, f"{at_end}, over seeds", f"{at_end}, each seed"]
     yield from _table(header, (_difference_row(name, measured) for name in METHODS if name != DENSE))
     yield ""
     yield from (f"- {verdict}" for verdict in measured["verdicts"])
     yield ""
-    yield "What the reward models follow, as correlations within prompts, and what learning coefficients did:"
+    yield (
+        "What the reward models follow, as correlations within prompts; and what learning coefficients did, held out "
+        "of the pairs that merging learns from:"
+    )
     yield ""
     yield from _feature_table(world["table"])
     yield ""
@@ -124,6 +149,11 @@ def _data_lines(world: Mapping[str, Any]) -> Iterator[str]:
             f" The shortcut decides {labels['shortcut_decides']:,} of them, {labels['shortcut_against_gold']:,} "
             f"against gold; {table['share_with_shortcut']:.1%} of the responses in the table contain it."
         )
+    merge = world["merge_labels"]
+    line += (
+        f" Merging learns from {merge['pairs']:,} others, on other prompts; {merge['wrong'] / merge['pairs']:.1%} of "
+        "their labels are not gold's."
+    )
     samples = world["best_of_n"]["samples"]
     yield (
         f"{line} The table: {samples['num_prompts']} prompts, {samples['num_responses']} responses each; gold's "
@@ -148,22 +178,25 @@ def _curve_row(name: str, measured: Mapping[str, Any]) -> list[str]:
 
 def _difference_row(name: str, measured: Mapping[str, Any]) -> list[str]:
     comparison = measured["comparisons"][name]
-    over_seeds = seed_differences(measured, name)
-    cells = [_difference(comparison["drop"]), _difference(comparison["gold_at_end"])]
-    if over_seeds is None:
-        return [TITLES[name], *cells, "", ""]
-    interval = mean_interval(over_seeds)
-    return [TITLES[name], *cells, _interval(interval), ", ".join(f"{value:+.2f}" for value in over_seeds)]
+    drops, golds = (seed_differences(measured, name, figure) for figure in ("drop", "gold_at_end"))
+    over_seeds = _interval(mean_interval(golds)) if golds else ""
+    return [
+        TITLES[name],
+        *(_difference(comparison["drop"]), _signed(drops)),
+        *(_difference(comparison["gold_at_end"]), over_seeds, _signed(golds)),
+    ]
 
 
-def seed_differences(measured: Mapping[str, Any], name: str) -> list[float] | None:
-    """Return gold at the largest n of each seed of a model, less that of the dense model; None for an ensemble."""
-    first, second = (
-        [seed["figures"]["gold_at_end"] for seed in measured["models"][one]["seeds"]] for one in (name, DENSE)
-    )
+def seed_differences(measured: Mapping[str, Any], name: str, figure: str) -> list[float]:
+    """Return a figure of each seed of a model, less that of the dense model; nothing for an ensemble."""
+    first, second = ([seed["figures"][figure] for seed in measured["models"][one]["seeds"]] for one in (name, DENSE))
     if len(first) != len(second):
-        return None
+        return []
     return [value - baseline for value, baseline in zip(first, second, strict=True)]
+
+
+def _signed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:+.2f}" for value in values)
 
 
 def _difference(difference: Mapping[str, Any]) -> str:

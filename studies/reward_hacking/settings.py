@@ -85,6 +85,7 @@ class StudySettings:
 
     Args:
         title: of the report.
+        notes: what its reader has to know of how the study was made; the report begins with them.
         text: see [`TextSettings`].
         model: fields of `Qwen2Config` of the policy, from which all reward models start.
         policy_training: settings of `train/train.py` for it.
@@ -100,6 +101,7 @@ class StudySettings:
     """
 
     title: str
+    notes: list[str]
     text: TextSettings
     model: dict[str, Any]
     policy_training: dict[str, Any]

@@ -256,6 +256,22 @@ def test_the_report_says_when_a_difference_is_decided():
         assert (f"**+0.20 [{low:+.2f}, {high:+.2f}]**" in page) == is_bold
 
 
+def test_differences_of_seeds_are_paired():
+    figures = {"moe": [0.5, 0.1], plan.DENSE: [0.2, 0.3], "ensemble_mean": [0.4]}
+    models = {name: {"seeds": [{"figures": {"drop": drop}} for drop in drops]} for name, drops in figures.items()}
+    assert report.seed_differences({"models": models}, "moe", "drop") == pytest.approx([0.3, -0.2])
+    assert report.seed_differences({"models": models}, "ensemble_mean", "drop") == []
+
+
+@pytest.mark.parametrize(("loses", "words"), [(True, "in 1 of 2 worlds: B."), (False, "nothing to reduce")])
+def test_the_report_says_first_whether_anything_could_be_reduced(loses, words):
+    worlds = {
+        title: {"title": title, "best_of_n": {"baseline_overoptimizes": over}}
+        for title, over in (("A", False), ("B", loses))
+    }
+    assert words in report.summary(worlds)
+
+
 TRAINING = {"per_device_train_batch_size": 4, "max_steps": 2, "max_length": 64}
 
 
