@@ -53,7 +53,10 @@ def _print(
 def _learned(fit: "FitRecord") -> list[str]:
     """Return in lines what the coefficients were learned from, how far they went, and what it gained."""
     unit = "blocks" if fit.settings.loss == "lm" else "pairs"
-    changes = ", ".join(f"{name} {fit.before[name]:.4f} -> {fit.after[name]:.4f}" for name in fit.after)
+    changes = ", ".join(
+        f"{name} {f'{fit.before[name]:.4f} -> ' if name in fit.before else ''}{value:.4f}"
+        for name, value in fit.after.items()
+    )
     return [
         f"Learned in {len(fit.steps):,} steps from {fit.num_train:,} {unit}, by {fit.settings.loss}.",
         f"Coefficients moved by up to {fit.largest_move:.3f}, and by up to {fit.largest_relative_move:.0%} of what "

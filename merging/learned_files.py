@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..common.files import write_text
 from ..common.pictures import INSTALL, can_draw
 from ..common.progress import Progress
+from ..model_cards.training import shown_source
 from .settings import LearnSettings
 
 
@@ -42,7 +43,10 @@ def learning_facts(learn: LearnSettings | None, fit: "FitRecord | None") -> dict
     facts = {}
     if learn is not None:
         settings = asdict(learn)
-        facts["learn"] = settings | {"data": settings["data"] | {"data": list(learn.data.data)}}
+        facts["learn"] = settings | {
+            "data": settings["data"] | {"data": list(learn.data.data)},
+            "shown_data": list(map(shown_source, learn.data.data)),
+        }
     if fit is not None:
         facts["fit"] = {name: value for name, value in fit.to_dict().items() if name not in _LONG}
     return facts

@@ -15,7 +15,7 @@ from ..common.settings import SettingsError
 from ..common.text_blocks import check_tokens, load_text_tokenizer, read_blocks
 from ..preference.pairs import read_pairs
 from ..preference.settings import PREFERENCE_EXTRA
-from ..preference.template import conversation_ids
+from ..preference.template import conversation_ids, keep_padding
 from .settings import LearnSettings
 
 
@@ -79,9 +79,8 @@ def read_lesson(source: CheckpointSource, settings: LearnSettings) -> Lesson:
                 f"{source.name}: its tokenizer has no chat template to read conversations with; put one beside the "
                 "weights (chat_template.jinja)."
             )
-        if settings.fit.loss == "bradley_terry" and source.config.pad_token_id is not None:
-            # It says which token the model scores, whatever the tokenizer's files say.
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(source.config.pad_token_id)
+        if settings.fit.loss == "bradley_terry":
+            keep_padding(tokenizer, source.config, source.name)
         data = read_pairs(settings.data)
         domains = {"pairs": _conversation_blocks(data, tokenizer, settings.fit.max_length)}
     check_tokens(source.name, domains, source.config)
@@ -91,6 +90,9 @@ def read_lesson(source: CheckpointSource, settings: LearnSettings) -> Lesson:
 def _check_reference(source: CheckpointSource, name: str) -> None:
     check_code(name, trust_remote_code=False)
     config = load_config(name, own_code=False)
+    architecture = (config.architectures or ["model of no named architecture"])[0]
+    if not architecture.endswith("ForCausalLM"):
+        raise SettingsError(f"{name}: is a {architecture}; give a language model as the reference.")
     if config.vocab_size != source.config.vocab_size:
         raise SettingsError(
             f"{name}: has vocab_size={config.vocab_size}, and {source.name} {source.config.vocab_size}; give a "

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..common.numbers import perplexity
 from .checkpoint import Checkpoint, Parent, parent_of
+from .training import last_name
 
 
 def described_steps(checkpoint: Checkpoint) -> list[str]:
@@ -98,12 +99,14 @@ def _learned(step: Mapping[str, Any]) -> str:
     fit, learn = step.get("fit"), step.get("learn")
     if not fit or not learn:
         return ""
-    heldout = fit["heldout"]
+    before, after = fit["heldout"]["before"], fit["heldout"]["after"]
     changes = ", ".join(
-        f"{name} {heldout['before'][name]:.4f} to {heldout['after'][name]:.4f}" for name in heldout["after"]
+        f"{name} {f'{before[name]:.4f} to ' if name in before else ''}{value:.4f}" for name, value in after.items()
     )
+    # What is on the Hub was known when it was read.
+    data = learn.get("shown_data") or list(map(last_name, learn["data"]["data"]))
     return (
-        f". They were learned on {listed(learn['data']['data'])} by `{learn['fit']['loss']}`, and moved by up to "
+        f". They were learned on {listed(data)} by `{learn['fit']['loss']}`, and moved by up to "
         f"{fit['largest_move']:.3f}; on what was held out: {changes}"
     )
 

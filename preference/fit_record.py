@@ -37,7 +37,8 @@ class FitRecord:
     Args:
         num_train, num_heldout: pairs, or blocks of text.
         initial: coefficients [K] by group before the first step.
-        before, after: `loss` on held-out data, and for pairs `accuracy`: how often the chosen answer scores higher.
+        before, after: `loss` on held-out data, and for pairs `accuracy`: how often the chosen answer scores higher. A
+            merge that is its own reference has none before: all its answers score zero.
     """
 
     settings: FitSettings

@@ -32,9 +32,6 @@ def make_trainer(
 ) -> Trainer:
     """Return the trainer of `settings.loss`, which runs `model` where it is and in its type.
 
-    Held-out batches are all of one size, so that their mean is the mean over what is held out; what is left over is
-    dropped, unless it is all there is.
-
     Args:
         reference: of DPO; None for `model` as it is now.
         folder: for what the trainer may write.
@@ -55,13 +52,7 @@ def make_trainer(
     else:
         trainer = _pair_trainer(tokenizer, settings, reference, arguments, common)
     trainer.remove_callback(PrinterCallback)
-    trainer.eval_dataset = _whole_batches(trainer.eval_dataset, settings.batch_size)
     return trainer
-
-
-def _whole_batches(data: Dataset, batch_size: int) -> Dataset:
-    num_left_over = len(data) % batch_size
-    return data.select(range(len(data) - num_left_over)) if len(data) > batch_size else data
 
 
 def _arguments(model: PreTrainedModel, settings: FitSettings, folder: Path) -> dict[str, Any]:

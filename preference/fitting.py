@@ -1,6 +1,7 @@
 """Learning what the sources of a merge count: from preference pairs, or from text."""
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ from ..common.settings import SettingsError
 from .fit_record import LEAST_MOVE, FitRecord, FitStep
 from .fit_trainers import make_trainer, same_afterwards, silent
 from .settings import FitSettings
-from .template import set_chat_template, set_padding, tokenize_pairs
+from .template import keep_padding, set_chat_template, tokenize_pairs
 
 
 # What the trainers call the share of held-out pairs whose chosen answer scores higher.
@@ -36,16 +37,16 @@ def fit_coefficients(
     """Learn the coefficients of `merge` on `data`, and return how that went; the model has the last weights then.
 
     Adam moves the logits of the coefficients, without weight decay. The model runs where it is and in its type,
-    without losses of routers.
+    without losses of routers and without their noise.
 
     Args:
         model: the one that `merge` writes to: a reward model with one output for `bradley_terry`, else a language
-            model. Its configuration gets the padding token of the tokenizer.
-        tokenizer: with a chat template; None for `lm`. It is given a padding token that will do; see [`set_padding`].
+            model. The padding token of its configuration says which token a reward model scores.
+        tokenizer: with a chat template; None for `lm`. For `bradley_terry` it gets the model's padding token.
         data: what `read_pairs` returns, or for `lm` blocks of text of one length, as `input_ids`.
         reference: of `dpo`; by default the merge as it is now. Its log-probabilities are computed before the first
             step.
-        progress: it is warned of coefficients that hardly moved.
+        progress: it is warned of coefficients that hardly moved, and of a loss that did not fall.
 
     Raises:
         SettingsError: if trl is missing, or the model, the tokenizer or the data do not fit the loss.
@@ -55,22 +56,24 @@ def fit_coefficients(
     """
     progress = progress or Progress()
     _check(model, settings)
-    training, heldout = split(_prepared(data, model, tokenizer, settings, progress), settings)
+    training, heldout = split(*_prepared(data, model, tokenizer, settings, progress), settings)
     optimizer = merge.attached(torch.optim.Adam(merge.parameters(), lr=settings.learning_rate))
     initial = merge.values()
     with (
         silent(),
         same_afterwards(model, reference),
-        _without_router_losses(model),
+        _without_router_extras(model),
         TemporaryDirectory() as folder,
         progress.task("Learning coefficients", settings.max_steps, "steps") as advance,
     ):
         trainer = make_trainer(model, tokenizer, training, heldout, settings, optimizer, reference, Path(folder))
         observer = _Observer(merge, advance)
         trainer.add_callback(observer)
-        before = _measured(trainer, settings.loss)
+        before = _measured(trainer, settings)
+        if settings.loss == "dpo" and reference is None:
+            del before["accuracy"]  # of a model against itself: all margins are zero
         trainer.train()
-        after = _measured(trainer, settings.loss)
+        after = _measured(trainer, settings)
     record = FitRecord(
         settings=settings,
         num_train=len(trainer.train_dataset),
@@ -84,6 +87,11 @@ def fit_coefficients(
         progress.warn(
             f"No coefficient moved by {LEAST_MOVE:.0%} of itself (at most {record.largest_relative_move:.2%}): the "
             "merge is about what it began as; raise the learning rate or the number of steps."
+        )
+    if after["loss"] >= before["loss"]:
+        progress.warn(
+            f"On what was held out the loss did not fall ({before['loss']:.4f} before, {after['loss']:.4f} after): "
+            "the merge is no better than what it began as; give more data, or lower the learning rate."
         )
     return record
 
@@ -102,8 +110,14 @@ class _Observer(TrainerCallback):
             self._advance(1)
 
 
-def split(data: Dataset, settings: FitSettings) -> tuple[Dataset, Dataset]:
+def split(data: Dataset, prompts: Sequence[str] | None, settings: FitSettings) -> tuple[Dataset, Dataset]:
     """Return what is learned from, and what is held out: a share of all, at random.
+
+    Pairs of one prompt stay together: they often share answers as well, and would not be new. Prompts with more pairs
+    than are still to be held out are learned from.
+
+    Args:
+        prompts: of the rows; None for rows that are apart as they are.
 
     Raises:
         SettingsError: if one of them would be empty.
@@ -114,8 +128,21 @@ def split(data: Dataset, settings: FitSettings) -> tuple[Dataset, Dataset]:
             f"holdout={settings.holdout} of {len(data)} pairs or blocks leaves {len(data) - num_heldout} to learn "
             f"from and {num_heldout} to measure; give more data."
         )
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    return data.select(order[num_heldout:]), data.select(order[:num_heldout])
+    groups: dict[str | int, list[int]] = {}
+    for row, prompt in enumerate(range(len(data)) if prompts is None else prompts):
+        groups.setdefault(prompt, []).append(row)
+    if len(groups) == 1:
+        raise SettingsError(
+            f"All {len(data)} pairs are of one prompt, and one to measure on must be another; give pairs of more."
+        )
+    shuffled, kept, heldout = list(groups.values()), [], []
+    for number in torch.randperm(len(groups), generator=torch.Generator().manual_seed(settings.seed)).tolist():
+        rows = shuffled[number]
+        (heldout if len(heldout) + len(rows) <= num_heldout else kept).extend(rows)
+    if not heldout:
+        heldout = min(shuffled, key=len)
+        kept = sorted(set(kept).difference(heldout))
+    return data.select(kept), data.select(heldout)
 
 
 def _prepared(
@@ -124,15 +151,22 @@ def _prepared(
     tokenizer: PreTrainedTokenizerBase | None,
     settings: FitSettings,
     progress: Progress,
-) -> Dataset:
-    """Return `data` as the trainer takes it, without what is too long."""
+) -> tuple[Dataset, list[str] | None]:
+    """Return `data` as the trainer takes it, without what is too long, and the prompts of pairs."""
     if settings.loss == "lm":
-        return data
+        return data, None
     set_chat_template(tokenizer, None, "The merge")
     if settings.loss == "dpo":
-        return _with_room(data, tokenizer, settings.max_length, progress)
-    set_padding(tokenizer, model, "The merge")
-    return tokenize_pairs(data, tokenizer, settings.max_length, "The pairs", progress).rows
+        pairs = _with_room(data, tokenizer, settings.max_length, progress)
+        return pairs, _prompts(pairs)
+    keep_padding(tokenizer, model.config, "The merge")
+    model.get_input_embeddings().padding_idx = None  # its token may stand in a text
+    tokenized = tokenize_pairs(data, tokenizer, settings.max_length, "The pairs", progress)
+    return tokenized.rows, _prompts(data.select(tokenized.numbers))
+
+
+def _prompts(pairs: Dataset) -> list[str]:
+    return [json.dumps(prompt, sort_keys=True) for prompt in pairs["prompt"]]
 
 
 def _with_room(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress) -> Dataset:
@@ -165,16 +199,31 @@ def _check(model: PreTrainedModel, settings: FitSettings) -> None:
         )
 
 
-def _measured(trainer: Trainer, loss: str) -> dict[str, float]:
-    metrics = trainer.evaluate()
-    measured = {"loss": metrics["eval_loss"]}
-    return measured | {"accuracy": metrics[_ACCURACY[loss]]} if loss in _ACCURACY else measured
+def _measured(trainer: Trainer, settings: FitSettings) -> dict[str, float]:
+    """Return the figures of all that is held out.
+
+    The trainers' are means over batches, whatever their size: what is left over of whole ones is measured apart.
+    """
+    data, names = trainer.eval_dataset, {"loss": "eval_loss"}
+    if settings.loss in _ACCURACY:
+        names["accuracy"] = _ACCURACY[settings.loss]
+    measured = dict.fromkeys(names, 0.0)
+    num_whole = len(data) - len(data) % settings.batch_size
+    for rows in filter(len, (range(num_whole), range(num_whole, len(data)))):
+        # Not as an argument: trl would compute log-probabilities of the reference anew.
+        trainer.eval_dataset = data.select(rows)
+        metrics = trainer.evaluate()
+        for name, metric in names.items():
+            measured[name] += metrics[metric] * len(rows) / len(data)
+    trainer.eval_dataset = data
+    return measured
 
 
 @contextmanager
-def _without_router_losses(model: PreTrainedModel) -> Iterator[None]:
-    """Leave the losses of routers out of that of a model with experts: the coefficients are of what it says."""
-    kept = {name: getattr(model.config, name) for name in ROUTER_LOSSES.values() if hasattr(model.config, name)}
+def _without_router_extras(model: PreTrainedModel) -> Iterator[None]:
+    """Leave losses and noise of routers out of a model with experts: the coefficients are of what it says."""
+    names = (*ROUTER_LOSSES.values(), "router_jitter_noise")
+    kept = {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
     try:
         for name in kept:
             setattr(model.config, name, 0.0)

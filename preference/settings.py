@@ -1,6 +1,5 @@
 """Which preference pairs are read, and how coefficients are learned; imports nothing heavy."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +40,8 @@ class PairSettings:
 
 
 LOSSES = ("bradley_terry", "lm", "dpo")
+# Far above what is of use, and far below what a float32 overflows at.
+LARGEST_RATE = 1e6
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ class FitSettings:
             raise SettingsError(f"loss={self.loss!r}: choose one of {', '.join(LOSSES)}.")
         for name in ("learning_rate", "beta"):
             value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise SettingsError(f"{name}={value} must be above zero.")
+            if not 0 < value <= LARGEST_RATE:
+                raise SettingsError(f"{name}={value} must be above zero, and at most {LARGEST_RATE:,g}.")
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "max_length"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name}={getattr(self, name)} must be at least 1.")

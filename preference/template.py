@@ -56,14 +56,21 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None, 
         )
 
 
-def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+def conversation_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False
+) -> list[int]:
     """Return the tokens of a whole conversation, as the tokenizer's chat template renders it.
+
+    Args:
+        add_generation_prompt: with what an answer follows, for a conversation that has none yet.
 
     Raises:
         SettingsError: if the template refuses it, such as one without system messages.
     """
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True)["input_ids"]
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt
+        )["input_ids"]
     except (TemplateError, TypeError) as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise SettingsError(
@@ -101,6 +108,27 @@ def set_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name
     model.get_input_embeddings().padding_idx = None
 
 
+def keep_padding(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str) -> None:
+    """Have `tokenizer` pad with the token that `config` names: it says which token the model scores.
+
+    Args:
+        name: of the checkpoint, for errors.
+
+    Raises:
+        SettingsError: if it names none that the tokenizer has, or one that conversations end with.
+    """
+    token = None if config.pad_token_id is None else tokenizer.convert_ids_to_tokens(config.pad_token_id)
+    if token is None or config.pad_token_id in ending_ids(tokenizer):
+        problem = "no token of its tokenizer" if token is None else f"{token!r}, which conversations end with"
+        other = _padding_id(tokenizer, config, name)
+        raise SettingsError(
+            f"{name}: pad_token_id={config.pad_token_id} in config.json is {problem}, so it does not say which token "
+            f"a reward model scores; set it to one that no conversation ends with, such as {other} "
+            f"({tokenizer.convert_ids_to_tokens(other)!r})."
+        )
+    tokenizer.pad_token = token
+
+
 def _padding_id(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str) -> int:
     endings = ending_ids(tokenizer)
     special = [index for index, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
@@ -126,10 +154,12 @@ class TokenizedPairs(NamedTuple):
         rows: columns `chosen_ids`, `rejected_ids` (whole conversations, as trl's RewardTrainer takes them), `source`,
             and `chosen_length` and `rejected_length`, the characters of the answers.
         num_too_long: pairs that were left out.
+        numbers: which of the pairs the rows are, counted from zero.
     """
 
     rows: Dataset
     num_too_long: int
+    numbers: tuple[int, ...]
 
 
 def tokenize_pairs(
@@ -146,12 +176,13 @@ def tokenize_pairs(
         SettingsError: if no pair is left, or a conversation ends with the token that pads.
     """
     progress = progress or Progress()
-    rows = []
+    rows, numbers = [], []
     with progress.task("Tokenizing pairs", len(pairs), "pairs") as advance:
-        for pair in pairs:
+        for number, pair in enumerate(pairs):
             row = _tokenized(pair, tokenizer, name)
             if max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= max_length:
                 rows.append(row)
+                numbers.append(number)
             advance(1)
     if not rows:
         raise SettingsError(
@@ -164,7 +195,7 @@ def tokenize_pairs(
             f"{name}: {num_too_long:,} of {len(pairs):,} pairs are longer than max_length={max_length} tokens and are "
             "left out."
         )
-    return TokenizedPairs(Dataset.from_list(rows), num_too_long)
+    return TokenizedPairs(Dataset.from_list(rows), num_too_long, tuple(numbers))
 
 
 def _tokenized(pair: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:

@@ -388,6 +388,20 @@ def test_what_cannot_be_learned_is_told_before_anything_is(request, tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["moe"]
 
 
+def test_a_reference_that_says_nothing_is_refused_before_data_is_read(language_model, reward_model, tmp_path):
+    source = _spoilt(language_model, tmp_path / "moe")
+    learn = LearnSettings(PairSettings(["no.parquet"]), FitSettings("dpo"), reference=str(reward_model))
+    with pytest.raises(SettingsError, match="is a Qwen2ForSequenceClassification; give a language model"):
+        plan_merge(source, MergeSettings("learned", learn=learn), tmp_path / "out", 10**9, learn=False)
+
+
+def test_a_reward_model_without_padding_is_refused(reward_model, tmp_path):
+    source = _spoilt(reward_model, tmp_path / "moe")
+    source.config.pad_token_id = None
+    with pytest.raises(SettingsError, match=r"moe: pad_token_id=None in config\.json is no token"):
+        read_lesson(source, LearnSettings(PairSettings(["no.parquet"]), FitSettings("bradley_terry")))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -23,6 +23,7 @@ from upcycled_moe.common.learned_merge.sources import Blend, StoredSource
 from upcycled_moe.common.progress import Progress
 from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.common.streaming.stored import read_tensors
+from upcycled_moe.preference import fitting
 from upcycled_moe.preference.fit_plot import plot_fit
 from upcycled_moe.preference.fitting import fit_coefficients, split
 from upcycled_moe.preference.settings import FitSettings
@@ -160,6 +161,11 @@ def _data(loss, sources, tokenizer, mixture, num_rows=80):
     return _judged(_conversations(num_rows), _margin(loss, tokenizer, teacher, sources.models[0]))
 
 
+def _split(data, settings):
+    """Return `data` as it is split where no two pairs have a prompt in common."""
+    return split(data, None, settings)
+
+
 def _settings(loss, **changes):
     return FitSettings(**{"loss": loss, "max_steps": 20, "batch_size": 8, "max_length": 128, "seed": 3, **changes})
 
@@ -197,9 +203,9 @@ def test_held_out_figures_are_those_of_the_model(loss, sources, tokenizer):
     model, merge = sources.merge()
     settings = _settings(loss, max_steps=2, beta=0.3, batch_size=4)
     record = fit_coefficients(merge, model, tokenizer, data, settings, sources.models[0])
-    # Of nine, two batches of four are measured.
-    assert (record.num_train, record.num_heldout) == (36, 8)
-    heldout = split(data, settings)[1].select(range(8))
+    # Two batches of four, and one that is left over.
+    assert (record.num_train, record.num_heldout) == (36, 9)
+    heldout = _split(data, settings)[1]
     if loss == "lm":
         tokens = torch.tensor(heldout["input_ids"])
         expected = {"loss": model(tokens, labels=tokens).loss.item()}
@@ -220,8 +226,8 @@ def test_a_merge_is_its_own_reference_without_another(sources, tokenizer):
     start = copy.deepcopy(model)
     settings = _settings("dpo", max_steps=3, batch_size=4)
     record = fit_coefficients(merge, model, tokenizer, data, settings)
-    assert record.before["loss"] == pytest.approx(np.log(2), rel=1e-5)
-    margins = torch.tensor([_margin("dpo", tokenizer, model, start)(pair) for pair in split(data, settings)[1]])
+    assert record.before == {"loss": pytest.approx(np.log(2), rel=1e-5)}
+    margins = torch.tensor([_margin("dpo", tokenizer, model, start)(pair) for pair in _split(data, settings)[1]])
     expected = -torch.nn.functional.logsigmoid(settings.beta * margins).mean().item()
     assert record.after["loss"] == pytest.approx(expected, rel=1e-4) != record.before["loss"]
 
@@ -233,7 +239,7 @@ def test_the_record_has_every_step(sources, tokenizer, tmp_path):
     settings = _settings("bradley_terry", max_steps=5, warmup_steps=0, batch_size=16, holdout=0.2)
     record = fit_coefficients(merge, model, tokenizer, data, settings)
     # All data are in one batch: the first loss is that of the merge that it began as.
-    training = split(data, settings)[0]
+    training = _split(data, settings)[0]
     margins = torch.tensor(
         [_margin("bradley_terry", tokenizer, sources.teacher([1, 2, 5]), None)(p) for p in training]
     )
@@ -258,7 +264,7 @@ def test_gradient_norms_are_of_the_logits(sources):
     data = _written(sources.models[1], 16)
     model, merge = sources.merge()
     settings = _settings("lm", max_steps=1, warmup_steps=0, batch_size=12, holdout=0.25)
-    tokens = torch.tensor(split(data, settings)[0]["input_ids"])
+    tokens = torch.tensor(_split(data, settings)[0]["input_ids"])
     other_model, other = sources.merge()
     other_model(tokens, labels=tokens).loss.backward()
     other.collect()
@@ -293,24 +299,37 @@ def test_coefficients_that_hardly_move_are_warned_of(sources):
     assert warning.startswith("No coefficient moved by 1% of itself (at most 0.0")
 
 
-def test_losses_of_routers_are_left_out(tmp_path):
+def test_a_loss_that_does_not_fall_is_warned_of(sources, monkeypatch):
+    sources = sources("lm")
+    data, progress = _written(sources.models[1], 20), _Warnings()
+    for after in (0.5, 0.4):
+        measured = iter([{"loss": 0.5}, {"loss": after}])
+        monkeypatch.setattr(fitting, "_measured", lambda *arguments, measured=measured: next(measured))
+        model, merge = sources.merge()
+        fit_coefficients(merge, model, None, data, _settings("lm", max_steps=2, learning_rate=0.5), progress=progress)
+    [warning] = progress.warnings
+    assert warning.startswith("On what was held out the loss did not fall (0.5000 before, 0.5000 after)")
+
+
+def test_losses_and_noise_of_routers_are_left_out(tmp_path):
     folders = [tmp_path / str(seed) for seed in range(2)]
     for seed, folder in enumerate(folders):
-        write_checkpoint(folder, "linear", seed, router_aux_loss_coef=0.5, output_router_logits=True)
+        losses = {"router_aux_loss_coef": 0.5, "output_router_logits": True}
+        write_checkpoint(folder, "linear", seed, router_jitter_noise=0.5, **losses)
     series = open_checkpoints([str(folder) for folder in folders])
     model = load_model(str(folders[0]), series.sources[0].config, dtype=torch.float32, device="cpu", own_code=False)
     merge = LearnedMerge(model, series.groups([1, 1]))
     data = Dataset.from_list([{"input_ids": list(range(number, number + 24))} for number in range(3, 23)])
     settings = _settings("lm", max_steps=1, warmup_steps=0, batch_size=16, learning_rate=1e-9)
     record = fit_coefficients(merge, model, None, data, settings)
-    tokens = torch.tensor(split(data, settings)[0]["input_ids"])
+    tokens = torch.tensor(_split(data, settings)[0]["input_ids"])
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(
             model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
         )
         assert record.steps[0].loss == pytest.approx(expected.item(), rel=1e-4)
         assert model(tokens, labels=tokens).loss > expected + 0.1
-    assert model.config.router_aux_loss_coef == 0.5
+    assert model.config.router_aux_loss_coef == model.config.router_jitter_noise == 0.5
 
 
 @pytest.mark.parametrize("loss", ["bradley_terry", "dpo"])
@@ -392,12 +411,52 @@ def test_what_does_not_fit_is_refused(sources, tokenizer, monkeypatch):
     refused(r"needs trl .*pip install 'upcycled-moe\[preference\]'", merge, model, _settings("dpo"))
 
 
+def test_pairs_of_one_prompt_stay_together():
+    prompts = [str(number % 7) for number in range(40)]
+    data = Dataset.from_dict({"row": list(range(40))})
+    parts = split(data, prompts, _settings("dpo", holdout=0.3))
+    learned, heldout = (part["row"] for part in parts)
+    assert sorted([*learned, *heldout]) == list(range(40))
+    assert 6 <= len(heldout) <= 12
+    assert not {prompts[row] for row in learned} & {prompts[row] for row in heldout}
+    # A share too small for any prompt takes the smallest.
+    _, heldout = split(data, ["many"] * 38 + ["few"] * 2, _settings("dpo", holdout=0.03))
+    assert heldout["row"] == [38, 39]
+
+
+@pytest.mark.parametrize("loss", ["bradley_terry", "dpo"])
+def test_pairs_of_a_single_prompt_leave_none_to_measure_on(loss, sources, tokenizer):
+    model, merge = sources(loss).merge()
+    long, *pairs = _conversations(11)
+    for pair in pairs:
+        pair["prompt"] = pairs[0]["prompt"]
+    long["prompt"][0]["content"] *= 30  # left out, and its prompt with it
+    with pytest.raises(SettingsError, match="All 10 pairs are of one prompt"):
+        fit_coefficients(merge, model, tokenizer, Dataset.from_list([long, *pairs]), _settings(loss, max_length=100))
+
+
+def test_a_reward_model_is_fit_on_the_token_that_it_pads_with(sources, tokenizer):
+    model, merge = sources("bradley_terry").merge()
+    pairs = Dataset.from_list(_conversations(10))
+    # A token that stands in every conversation, and at the end of none.
+    model.config.pad_token_id = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert model.config.pad_token_id is not None
+    fit_coefficients(merge, model, tokenizer, pairs, _settings("bradley_terry", max_steps=1))
+    assert tokenizer.pad_token == "<|im_start|>" == tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
+    ending = _ids(tokenizer, pairs[0]["prompt"] + pairs[0]["chosen"])[0, -1].item()
+    for pad_id, problem in ((None, "no token of its tokenizer"), (ending, "which conversations end with")):
+        model.config.pad_token_id = pad_id
+        with pytest.raises(SettingsError, match=f"pad_token_id={pad_id} in config.json is .*{problem}.* such as "):
+            fit_coefficients(merge, model, tokenizer, pairs, _settings("bradley_terry"))
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
         ("loss", "hinge"),
         ("learning_rate", 0.0),
         ("learning_rate", float("nan")),
+        ("learning_rate", 1e40),
         ("beta", -1.0),
         ("max_steps", 0),
         ("batch_size", 0),

@@ -208,9 +208,10 @@ def test_pairs_become_whole_conversations_and_those_that_are_too_long_are_counte
     tokenizer, model, warnings = qwen_tokenizer(), reward_model("dense"), Warnings()
     set_padding(tokenizer, model, "m")
     pairs = Dataset.from_list([pair("of 1", "to"), pair("the " * 90, "of")])
-    rows, num_too_long = tokenize_pairs(pairs, tokenizer, 60, "train_data", warnings)
+    rows, num_too_long, numbers = tokenize_pairs(pairs, tokenizer, 60, "train_data", warnings)
 
     assert num_too_long == len(warnings.messages) == 1
+    assert numbers == (0,)
     assert "1 of 2 pairs are longer than max_length=60" in warnings.messages[0]
     assert rows[0] == {
         "source": "s",
