@@ -1,15 +1,25 @@
-"""The DPO of one round."""
+"""The DPO of one round.
+
+Dimensions: L MoE layers, E experts to choose from.
+"""
 
 import copy
+import math
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 from trl import DPOTrainer
 
+from modeling_upcycled_moe.losses_upcycled_moe import computed_losses, token_weights
+
+from ...common.routing import RouterStatistics
+from ..balancing import BalancingMixin
+from ..errors import RunError
 from ..messages import tell
 from ..saving.checkpoints import checkpoint_folders, fault_of
 from ..saving.mixin import SavingMixin
@@ -17,12 +27,13 @@ from .dpo_training_arguments import DPOTrainingArguments
 from .router_losses import RouterLossMixin
 
 
-class RoundTrainer(RouterLossMixin, SavingMixin, DPOTrainer):
+class RoundTrainer(SavingMixin, BalancingMixin, RouterLossMixin, DPOTrainer):
     """[`trl.DPOTrainer`] on pairs that are tokenized, and have the reference's log-probabilities, already.
 
-    The losses of routers are added as their model adds them.
+    The losses of routers are added as their model adds them, and routers with biases have them follow the loads.
     """
 
+    way_to_go_on = "the same command goes on"
     # No step is left out here.
     num_skipped_in_a_row = 0
 
@@ -30,6 +41,9 @@ class RoundTrainer(RouterLossMixin, SavingMixin, DPOTrainer):
         super().__init__(*args, **kwargs)
         self.set_up_saving()
         self.set_up_router_losses()
+        self.loss_names = computed_losses(self._routed_model.config) if self.moe_layers else []
+        self._reset_step_loads()
+        self.set_up_balancing()
 
     def _prepare_dataset(self, dataset: Dataset, *args, **kwargs) -> Dataset:
         return dataset
@@ -43,9 +57,32 @@ class RoundTrainer(RouterLossMixin, SavingMixin, DPOTrainer):
         yield
 
     def add_routing(self, inputs: Mapping[str, Any], outputs: Any, losses: Mapping[str, Any]) -> None:
-        """Have the log show what the router losses add, and the balance."""
+        """Have the log show what the router losses add, and the balance; count the loads where biases follow them."""
         for name in ("router_loss", "aux_loss"):
             self._metrics["train"][name].append(losses[name].item())
+        config = self._routed_model.config
+        if config.use_router_bias:
+            weights = token_weights(inputs.get("attention_mask"), outputs.router_logits[0].shape[0])
+            self._step_loads.update(outputs.router_logits, outputs.selected_experts, config, weights)
+
+    def _reset_step_loads(self) -> None:
+        num_experts = self._routed_model.config.num_routed_experts if self.moe_layers else 0
+        self._step_loads = RouterStatistics(len(self.moe_layers), num_experts, self.args.device)
+
+    def take_step_loads(self) -> torch.Tensor:
+        """Return how often each expert was selected in this process since the last call [L, E]."""
+        loads = self._step_loads.selected
+        self._reset_step_loads()
+        return loads
+
+    def sum_over_batches(self, sums: torch.Tensor) -> torch.Tensor:
+        """Return `sums` added up over processes."""
+        return self.accelerator.reduce(sums, reduction="sum")
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the step that has just ended left the weights as they were."""
+        return self.accelerator.optimizer_step_was_skipped
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write no card of trl's: the policy gets one that tells of all that came before."""
@@ -81,6 +118,7 @@ def train_round(
 
     Raises:
         RunEnded: if a signal asked to stop; a checkpoint of the last step stands.
+        RunError: if weights end up not finite.
     """
     args = copy.copy(args)
     args.output_dir, args.seed = str(folder), seed
@@ -89,13 +127,23 @@ def train_round(
         trainer.remove_callback(callback)
     trainer.add_callback(_TellCallback(name))
     trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise RunError(
+            f"{name}: the weights are not finite after training, so no policy is saved; begin anew in another "
+            "output_dir, with a lower learning_rate."
+        )
     # Counts and times of what a process did are others where it went on with what another had begun.
     log = [
-        {name: value for name, value in log.items() if name != "num_tokens"}
+        {name: _finite(value) for name, value in log.items() if name != "num_tokens"}
         for log in trainer.state.log_history
         if "loss" in log
     ]
     return TrainedRound(trainer.state.global_step, log)
+
+
+def _finite(value: Any) -> Any:
+    """Return None for a number that JSON has not: with fp16 gradients overflow at first, and their norm."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def newest_checkpoint(folder: Path) -> str | None:

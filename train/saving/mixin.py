@@ -48,6 +48,8 @@ class SavingMixin:
     add what they keep; those with `on_model(args, state, folder)` add to a whole model that was saved.
     """
 
+    way_to_go_on = "continue with the same command and resume_from_checkpoint=last"
+
     def __init__(self, model=None, *args, **kwargs):
         # The Trainer sets that of the model to its own.
         self._use_cache_at_start = getattr(getattr(model, "config", None), "use_cache", None)
@@ -99,9 +101,7 @@ class SavingMixin:
     def _farewell(self) -> str:
         name, step = signal.Signals(self._stopped_by).name, self.state.global_step
         way_on = (
-            "save_only_model=true keeps no optimizer to go on with"
-            if self.args.save_only_model
-            else "continue with the same command and resume_from_checkpoint=last"
+            "save_only_model=true keeps no optimizer to go on with" if self.args.save_only_model else self.way_to_go_on
         )
         folder = Path(self.args.output_dir, f"checkpoint-{step}")
         return f"stopped by {name} after step {step} of {self.state.max_steps}; {folder} is saved, {way_on}."
