@@ -77,20 +77,7 @@ def load_model(
     name = model_args.model_name_or_path
     source = {"revision": model_args.model_revision, "trust_remote_code": False}
     config = load_config(model_args)
-    if len(tokenizer) > config.vocab_size:
-        raise SettingsError(
-            f"The tokenizer has {len(tokenizer)} tokens, but {name} has vocab_size={config.vocab_size}; "
-            "give the model's own as tokenizer_name."
-        )
-    # Scaled rotary embeddings reach further than what the model was trained on.
-    num_positions = config.max_position_embeddings * (
-        (getattr(config, "rope_parameters", None) or {}).get("factor") or 1
-    )
-    if block_size > num_positions:
-        raise SettingsError(
-            f"block_size={block_size} exceeds max_position_embeddings={config.max_position_embeddings} of {name}; "
-            "lower it."
-        )
+    check_sizes(config, tokenizer, name, "block_size", block_size)
     model = load(
         "model_name_or_path",
         weights or name,
@@ -128,6 +115,33 @@ def load_config(model_args: CheckpointArguments) -> PreTrainedConfig:
         setattr(config, field, value)
     _set_router_dtype(config, model_args)
     return config
+
+
+def check_sizes(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str, setting: str, length: int
+) -> None:
+    """Check that a model with `config` has all tokens of `tokenizer`, and `length` positions.
+
+    Args:
+        name: of the checkpoint, for errors.
+        setting: that gives the length.
+
+    Raises:
+        SettingsError: if not.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise SettingsError(
+            f"The tokenizer has {len(tokenizer)} tokens, but {name} has vocab_size={config.vocab_size}; "
+            "give the model's own as tokenizer_name."
+        )
+    # Scaled rotary embeddings reach further than what the model was trained on.
+    num_positions = config.max_position_embeddings * (
+        (getattr(config, "rope_parameters", None) or {}).get("factor") or 1
+    )
+    if length > num_positions:
+        raise SettingsError(
+            f"{setting}={length} exceeds max_position_embeddings={config.max_position_embeddings} of {name}; lower it."
+        )
 
 
 def chosen_implementations(model_args: CheckpointArguments) -> dict[str, str]:

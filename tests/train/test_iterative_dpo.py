@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -76,6 +77,11 @@ def finished(inputs, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "finished"
     assert iterative_dpo.main(command_line({**inputs, "output_dir": folder})) == 0
     return folder
+
+
+def not_learned(settings: dict) -> dict:
+    """Return `settings` without those that only a learned reference has."""
+    return {name: value for name, value in settings.items() if name not in ("merge_max_steps", "merge_batch_size")}
 
 
 def results(folder: Path) -> dict[str, str]:
@@ -172,14 +178,18 @@ STOPS = {
 }
 
 
-def test_a_run_that_is_stopped_anywhere_ends_in_the_same_files(inputs, finished, tmp_path, monkeypatch):
+FEW_STOPS = ("between checkpoints of the first round", "with a reference that is noted and not written")
+
+
+@pytest.mark.parametrize("places", [FEW_STOPS, pytest.param(tuple(STOPS), marks=pytest.mark.slow)], ids=["few", "all"])
+def test_a_run_that_is_stopped_anywhere_ends_in_the_same_files(inputs, finished, tmp_path, monkeypatch, places):
     arguments = command_line({**inputs, "output_dir": tmp_path / "out"})
     # Pictures are not compared, and take long.
     monkeypatch.setattr("upcycled_moe.common.pictures.can_draw", lambda: False)
     monkeypatch.setattr(references, "can_draw", lambda: False)
-    for place in STOPS.values():
+    for place in places:
         with monkeypatch.context() as patch:
-            stop(patch, *place)
+            stop(patch, *STOPS[place])
             with pytest.raises(StoppedError):
                 iterative_dpo.main(arguments)
     with monkeypatch.context() as patch:
@@ -208,13 +218,14 @@ def test_a_finished_run_only_shows_its_figures(inputs, finished, capsys):
     [
         ({"beta": 0.2}, "holds a run with beta=0.1, not 0.2"),
         ({"reference": "ema", "ema_decay": 1.0}, "ema_decay=1 is outside [0, 1)"),
-        ({"reference": "uniform", "ema_decay": 0.5}, "ema_decay has no effect with reference=uniform"),
+        ({"reference": "uniform", "ema_decay": 0.5}, "ema_decay=0.5 has an effect only with reference=ema"),
         ({"reference": "best"}, "reference='best' has the wrong type; expected one of 'last', 'uniform'"),
         ({"round_data": "on_policy"}, "round_data=on_policy and reward_model"),
         ({"merge_share": 0}, "reference=learned needs pairs to learn from"),
         ({"num_round": 2}, "unknown key 'num_round'; did you mean 'num_rounds'?"),
         ({"sync_ref_model": True}, "unknown key 'sync_ref_model'"),
         ({"max_length": 4}, "every prompt is 4 tokens long or longer"),
+        ({"eval_samples": 2, "max_new_tokens": 48}, "max_new_tokens=48 leaves no room for prompts in max_length=48"),
         ({"num_rounds": 30}, "training pairs cannot be shared out to num_rounds=30"),
         ({"router_aux_loss_coef": 0.1}, "is a qwen2 model without it"),
         ({"chat_template": "missing.jinja"}, "chat_template=missing.jinja: cannot be read"),
@@ -245,7 +256,7 @@ def reward_model(tmp_path_factory) -> Path:
 
 
 def test_a_mixture_of_experts_learns_from_its_own_answers(inputs, reward_model, tmp_path):
-    settings = inputs | {
+    settings = not_learned(inputs) | {
         "model_name_or_path": write_checkpoint(tmp_path / "moe", "shared", router_aux_loss_coef=0.01),
         "output_dir": tmp_path / "out",
         "num_rounds": 1,
@@ -278,6 +289,38 @@ def test_a_mixture_of_experts_learns_from_its_own_answers(inputs, reward_model, 
     assert not any(torch.equal(before[name], after[name]) for name in routers)
 
 
+def test_answers_of_one_reward_make_no_round_and_are_not_drawn_twice(
+    inputs, reward_model, tmp_path, capsys, monkeypatch
+):
+    settings = not_learned(inputs) | {
+        "output_dir": tmp_path / "out",
+        "num_rounds": 1,
+        "reference": "last",
+        "round_data": "on_policy",
+        "reward_model": reward_model,
+        "samples_per_prompt": 2,
+        "max_new_tokens": 4,
+    }
+    monkeypatch.setattr(
+        rounds, "score_answers", lambda model, prompts, texts, *others: [[0.5] * len(drawn) for drawn in texts]
+    )
+    for _ in range(2):
+        assert iterative_dpo.main(command_line(settings)) == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert re.match(r"iterative_dpo.py: round 1: none of 1[67] prompts has answers of different reward; ", message)
+        files = [path.name for path in (tmp_path / "out" / "round-1").iterdir()]
+        assert files == ["answers.parquet"]
+        monkeypatch.setattr(rounds, "sample_answers", None)
+
+
+def test_what_is_no_reward_model_is_refused_before_anything_is_drawn(inputs, tmp_path, capsys):
+    settings = inputs | {"output_dir": tmp_path / "out", "round_data": "on_policy", "max_new_tokens": 4}
+    settings["reward_model"] = inputs["model_name_or_path"]
+    assert iterative_dpo.main(command_line(settings)) == 2
+    assert "its configuration names Qwen2ForCausalLM, but a reward model is" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_help_imports_nothing_heavy(warm_python):
     code = (
         "import sys; sys.modules.pop('torch', None); sys.path.insert(0, sys.argv[1]); import iterative_dpo; "
@@ -301,7 +344,7 @@ def run_in_two_processes(settings: dict) -> None:
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_do_what_one_does_with_twice_the_accumulation(inputs, tmp_path):
-    settings = inputs | {"reference": "uniform", "max_grad_norm": 0.0}
+    settings = not_learned(inputs) | {"reference": "uniform", "max_grad_norm": 0.0}
     run_in_two_processes(settings | {"output_dir": tmp_path / "two"})
     one = settings | {"output_dir": tmp_path / "one", "gradient_accumulation_steps": 2}
     assert iterative_dpo.main(command_line(one)) == 0

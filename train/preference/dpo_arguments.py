@@ -1,12 +1,14 @@
 """Settings of iterative DPO. trl is imported only once settings are built, so that `--help` answers at once."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ...common.settings import SettingsError
 from ...preference.settings import PREFERENCE_EXTRA
 from ..arguments import CheckpointArguments, build_group, help_text, read_settings, setting_types
+from .dpo_checks import check_arguments, without_effect
 
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ class MergeArguments:
     )
     merge_share: float = field(
         default=0.1,
-        metadata=_help("Share of train_data that no round trains on, whatever the reference; 0 with merge_data."),
+        metadata=_help("Share of train_data that no round trains on, whatever the reference; none with merge_data."),
     )
     merge_per: Literal["model", "layer"] = field(
         default="model", metadata=_help("One weight for each policy, or one for each policy in each layer.")
@@ -150,32 +152,58 @@ Trains a policy by rounds of DPO. What is given later wins: defaults, --config, 
 with a run that was stopped.
 """
 
-# Fields of trl's and Transformers' that the rounds set, or that have no meaning here.
-NOT_SETTINGS = frozenset(
+# Fields of trl's DPOConfig, and so of TrainingArguments, that act on a round as they do elsewhere. What is not here is
+# set by the rounds, such as precompute_ref_log_probs, or would do nothing or something else than its name says: trl
+# discounts long answers by ld_alpha in the reference too, whose log-probabilities are plain sums here.
+TRL_SETTINGS = frozenset(
     {
-        "eval_strategy",
-        "eval_steps",
-        "eval_on_start",
-        "load_best_model_at_end",
-        "model_init_kwargs",
-        "padding_free",
-        "precompute_ref_log_probs",
-        "push_to_hub",
-        "ref_model_mixup_alpha",
-        "ref_model_sync_steps",
-        "resume_from_checkpoint",
-        "save_only_model",
-        "sync_ref_model",
-        "truncation_mode",
-        "trust_remote_code",
-        "use_liger_kernel",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "data_seed",
+        "dataloader_num_workers",
+        "dataloader_persistent_workers",
+        "dataloader_pin_memory",
+        "dataloader_prefetch_factor",
+        "ddp_backend",
+        "ddp_broadcast_buffers",
+        "ddp_bucket_cap_mb",
+        "ddp_timeout",
+        "disable_dropout",
+        "f_alpha_divergence_coef",
+        "f_divergence_type",
+        "fp16",
+        "full_determinism",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing_kwargs",
+        "label_smoothing",
+        "discopop_tau",
+        "log_level",
+        "log_level_replica",
+        "logging_first_step",
+        "loss_type",
+        "loss_weights",
+        "lr_scheduler_kwargs",
+        "max_grad_norm",
+        "optim",
+        "optim_args",
+        "pad_to_multiple_of",
+        "run_name",
+        "save_strategy",
+        "seed",
+        "tf32",
+        "torch_empty_cache_steps",
+        "use_cpu",
+        "use_weighting",
+        "weight_decay",
     }
 )
 
 
 def format_help() -> str:
     """Return the text of `--help`."""
-    ending = "Most fields of trl's DPOConfig, and so of TrainingArguments, are settings too, such as loss_type."
+    names = ", ".join(sorted(TRL_SETTINGS))
+    ending = f"Fields of trl's DPOConfig, and so of TrainingArguments, that are settings too:\n{fill(names, 118)}"
     return help_text(USAGE, GROUPS, ending)
 
 
@@ -193,7 +221,8 @@ def parse_arguments(argv: Sequence[str]) -> IterativeDPOArguments:
         raise SettingsError(f"iterative DPO needs trl, which is not installed: {PREFERENCE_EXTRA}.") from None
 
     groups = (*GROUPS[:-1], DPOTrainingArguments)
-    types = {name: hint for name, hint in setting_types(groups).items() if name not in NOT_SETTINGS}
+    own = {setting.name for group in GROUPS for setting in fields(group)}
+    types = {name: hint for name, hint in setting_types(groups).items() if name in own | TRL_SETTINGS}
     given = read_settings(argv, types)
     for name in ("model_name_or_path", "output_dir", "train_data", "eval_data"):
         if not given.get(name):
@@ -207,51 +236,14 @@ def parse_arguments(argv: Sequence[str]) -> IterativeDPOArguments:
     return arguments
 
 
-def check_arguments(arguments: IterativeDPOArguments) -> None:
-    """Check settings that are numbers of something, and those that need each other.
-
-    Raises:
-        SettingsError: at the first that is out of range, missing or without effect.
-    """
-    _, rounds, pairs, merge, sampling, training, given = arguments
-    _check_least(rounds, num_rounds=1)
-    _check_least(pairs, max_train_pairs=1, max_eval_pairs=1)
-    _check_least(merge, merge_max_steps=1, merge_batch_size=1)
-    _check_least(sampling, samples_per_prompt=2, max_new_tokens=1, sampling_batch_size=1, eval_samples=0)
-    _check_least(training, max_length=2, per_device_train_batch_size=1, per_device_eval_batch_size=1)
-    for name, share in {"ema_decay": rounds.ema_decay, "merge_share": merge.merge_share}.items():
-        if not 0 <= share < 1:
-            raise SettingsError(f"{name}={share:g} is outside [0, 1).")
-    if not 0 <= pairs.flip_rate <= 1:
-        raise SettingsError(f"flip_rate={pairs.flip_rate:g} is outside [0, 1].")
-    if sampling.temperature <= 0:
-        raise SettingsError(f"temperature={sampling.temperature:g} must be above zero.")
-    if training.beta <= 0:
-        raise SettingsError(f"beta={training.beta:g} must be above zero.")
-    if "ema_decay" in given and rounds.reference != "ema":
-        raise SettingsError(f"ema_decay has no effect with reference={rounds.reference}; leave it out.")
-    if (rounds.round_data == "on_policy") != (sampling.reward_model is not None):
-        raise SettingsError(
-            "round_data=on_policy and reward_model, which labels the policy's answers, go together; give both or "
-            "neither."
-        )
-    if sampling.eval_reward_model is not None and not sampling.eval_samples:
-        raise SettingsError("eval_reward_model scores answers to eval_samples prompts; give their number too.")
-    if merge.merge_data and merge.merge_share and "merge_share" in given:
-        raise SettingsError("merge_data and merge_share exclude each other; leave one out.")
-    if rounds.reference == "learned" and not merge.merge_data and not merge.merge_share:
-        raise SettingsError("reference=learned needs pairs to learn from; give merge_data, or a merge_share above 0.")
-
-
-def _check_least(group: Any, **least: int) -> None:
-    for name, value in least.items():
-        if (given := getattr(group, name)) is not None and given < value:
-            raise SettingsError(f"{name}={given} must be at least {value}.")
-
-
 def resolved_settings(arguments: IterativeDPOArguments) -> dict[str, Any]:
-    """Return the settings of a run, with the defaults spelt out, as a file that `--config` takes."""
+    """Return the settings of a run, with the defaults spelt out, as a file that `--config` takes.
+
+    Those without effect are left out: they would be refused.
+    """
     settings: dict[str, Any] = {}
     for group in GROUPS:
         settings |= asdict(build_group(group, arguments.given))
-    return settings | {"seed": arguments.training.seed} | arguments.given
+    settings |= {"seed": arguments.training.seed} | arguments.given
+    idle = without_effect(arguments)
+    return {name: value for name, value in settings.items() if name not in idle}

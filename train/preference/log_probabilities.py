@@ -3,6 +3,7 @@
 Dimensions: S tokens of a sequence, A tokens of an answer, H hidden, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...common.progress import Progress
 from ...common.settings import SettingsError
+from ...preference.template import conversation_ids
+from ..errors import RunError
 from .processes import over_processes
 
 
@@ -50,7 +53,7 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_lengt
         name: of the pairs, for errors.
 
     Raises:
-        SettingsError: if no pair is left.
+        SettingsError: if no pair is left, or the template refuses one.
     """
     rows, num_cut = [], 0
     for pair in pairs:
@@ -76,13 +79,17 @@ def tell_lengths(pairs: TokenizedPairs, max_length: int, name: str, progress: Pr
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> Tokens:
-    """Return the tokens of a conversation up to where its next answer begins."""
-    return _rendered(tokenizer, messages, add_generation_prompt=True)
+    """Return the tokens of a conversation up to where its next answer begins.
+
+    Raises:
+        SettingsError: if the template refuses it.
+    """
+    return conversation_ids(tokenizer, messages, add_generation_prompt=True)
 
 
 def _tokenized(pair: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     prompt = prompt_tokens(tokenizer, pair["prompt"])
-    chosen, rejected = (_rendered(tokenizer, pair["prompt"] + pair[side]) for side in ("chosen", "rejected"))
+    chosen, rejected = (conversation_ids(tokenizer, pair["prompt"] + pair[side]) for side in ("chosen", "rejected"))
     # A template or a merge of tokens may render the end of a prompt otherwise once an answer follows.
     length = min(_common_length(prompt, chosen), _common_length(prompt, rejected))
     return {
@@ -91,10 +98,6 @@ def _tokenized(pair: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict
         "rejected_ids": rejected[length:],
         "source": pair["source"],
     }
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], **options: Any) -> Tokens:
-    return tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)["input_ids"]
 
 
 def _common_length(first: Tokens, second: Tokens) -> int:
@@ -122,11 +125,21 @@ class AnswerScorer:
         self.autocast = autocast
 
     def __call__(self, model: PreTrainedModel, answers: Sequence[Answer]) -> list[float]:
-        """Return the log-probability of each of `answers`, summed over its tokens."""
+        """Return the log-probability of each of `answers`, summed over its tokens.
+
+        Raises:
+            RunError: if one is not finite: the model is ruined.
+        """
         batches = [answers[begin : begin + self.batch_size] for begin in range(0, len(answers), self.batch_size)]
         model.eval()
         scores = over_processes(lambda batch: self._of_batch(model, batch), batches)
-        return [score for batch in scores for score in batch]
+        of_answers = [score for batch in scores for score in batch]
+        if num_broken := sum(not math.isfinite(score) for score in of_answers):
+            raise RunError(
+                f"{num_broken:,} of {len(answers):,} answers have log-probabilities that are not finite: the weights "
+                "of a policy are ruined, or overflow; begin anew in another output_dir, with a lower learning_rate."
+            )
+        return of_answers
 
     @torch.inference_mode()
     def _of_batch(self, model: PreTrainedModel, batch: Sequence[Answer]) -> list[float]:

@@ -8,26 +8,37 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from ...common.settings import SettingsError
 from ...preference.template import set_chat_template
-from ..model import chosen_implementations, load, load_config
+from ..model import check_sizes, chosen_implementations, load, load_config
 from ..model import load_tokenizer as load_own_tokenizer
 from .dpo_arguments import PolicyArguments
 
 
-def load_policy(
-    folder: Path, policy: PolicyArguments, tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> PreTrainedModel:
+def check_policy(folder: Path, policy: PolicyArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Check what can be checked of the policy in `folder` before it is loaded.
+
+    Raises:
+        SettingsError: if it is no language model, lacks what is set, has fewer tokens than `tokenizer`, or fewer
+            positions than `max_length`.
+    """
+    config = load_config(_in(folder, policy))
+    name = policy.model_name_or_path
+    architectures = config.architectures or []
+    if not any(architecture.endswith("ForCausalLM") for architecture in architectures):
+        raise SettingsError(
+            f"model_name_or_path={name}: is no language model ({', '.join(architectures) or 'architectures missing'} "
+            "in config.json); give one."
+        )
+    check_sizes(config, tokenizer, name, "max_length", max_length)
+
+
+def load_policy(folder: Path, policy: PolicyArguments, device: torch.device) -> PreTrainedModel:
     """Return the policy in `folder`, in evaluation mode, with the configuration that `policy` asks for.
 
     Raises:
-        SettingsError: if it cannot be loaded, lacks what is set, or has fewer tokens than `tokenizer`.
+        SettingsError: if it cannot be loaded, or lacks what is set.
     """
     policy = _in(folder, policy)
     config = load_config(policy)
-    if len(tokenizer) > config.vocab_size:
-        raise SettingsError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model has vocab_size={config.vocab_size}; "
-            "give the model's own as tokenizer_name."
-        )
     model = load(
         "model_name_or_path",
         str(folder),

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..errors import RunError
+
 
 def pair_figures(
     policy: dict[str, Sequence[float]], start: dict[str, Sequence[float]], sources: Sequence[str], beta: float
@@ -62,10 +64,15 @@ def sample_figures(
     Args:
         policy, start: their log-probabilities [N] under π_t and π_0.
         rewards: [N], None without a reward model.
+
+    Raises:
+        RunError: if a reward is not finite.
     """
     ratios = torch.tensor(policy, dtype=torch.float64) - torch.tensor(start, dtype=torch.float64)
     figures = {**_mean("divergence", ratios), "answer_tokens": sum(num_tokens) / len(num_tokens)}
     if rewards is not None:
+        if not all(map(math.isfinite, rewards)):
+            raise RunError("eval_reward_model gives rewards that are not finite; give another.")
         figures |= _mean("reward", torch.tensor(rewards, dtype=torch.float64))
     return figures
 

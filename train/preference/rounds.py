@@ -5,6 +5,7 @@ writes one file or folder, whole or not at all, and reads what the stages before
 on with the first one that is missing, so that it ends in the same weights.
 
     OUT/iterative_dpo.json                   settings that decide the result
+    OUT/round-T/answers.parquet              what the policy before answers, with on-policy data
     OUT/round-T/pairs.parquet                what the round trains on
     OUT/round-T/reference.json               what each policy counts in its reference
     OUT/round-T/reference/                   the reference as a checkpoint, unless it is one of the policies
@@ -17,7 +18,7 @@ on with the first one that is missing, so that it ends in the same weights.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,22 @@ from ...common.output_folder import staged
 from ...common.progress import Progress
 from ...common.provenance import read_provenance, recorded_name, with_step, write_provenance
 from ...common.seeds import seed_of
+from ...common.settings import SettingsError
 from ...common.streaming.fetch import locate
-from ...common.text import first_line
-from ...model_cards.card import write_card
+from ...preference.scoring import open_reward_model
+from ...preference.template import Messages
+from .cards import write_card_or_warn
 from .dpo_arguments import IterativeDPOArguments
-from .dpo_sampling import Sampling, answer_text, sample_answers
+from .dpo_sampling import Sampling, answer_text, sample_answers, tell_unfinished, with_room
 from .dpo_trainer import train_round
-from .log_probabilities import Answer, AnswerScorer, TokenizedPairs, prompt_tokens, tell_lengths, tokenize_pairs
-from .policies import load_policy, load_tokenizer
+from .log_probabilities import AnswerScorer, TokenizedPairs, tell_lengths, tokenize_pairs
+from .policies import check_policy, load_policy, load_tokenizer
 from .processes import of_first_process
 from .references import make_reference, reference_coefficients, reference_folder
 from .rewards import score_answers
 from .round_figures import pair_figures, sample_figures
 from .round_pairs import best_and_worst, read_pair_sets, read_rows, write_rows
-from .run_state import begin_run
+from .run_state import begin_run, input_digests
 
 
 class Rounds:
@@ -56,7 +59,8 @@ class Rounds:
         progress: told of what is done.
 
     Raises:
-        SettingsError: if the folder holds a run with other settings, or something else.
+        SettingsError: if the folder holds a run with other settings, or something else, or what they name is missing
+            or no reward model.
     """
 
     def __init__(self, arguments: IterativeDPOArguments, progress: Progress):
@@ -69,6 +73,9 @@ class Rounds:
         policy = arguments.policy
         self.start, self.revision = locate(policy.model_name_or_path, policy.model_revision)
         self.tokenizer = load_tokenizer(self.start, policy)
+        check_policy(self.start, policy, self.tokenizer, self.training.max_length)
+        for reward_model in {arguments.sampling.reward_model, arguments.sampling.eval_reward_model} - {None}:
+            open_reward_model(reward_model)
         self.pairs = read_pair_sets(arguments, self.progress)
         self._scorer = AnswerScorer(
             self.tokenizer.pad_token_id,
@@ -76,7 +83,8 @@ class Rounds:
             torch.bfloat16 if self.training.bf16 else None,
         )
         if self.state.is_main_process:
-            begin_run(self.folder, arguments, self.state.num_processes)
+            inputs = input_digests(arguments, self.pairs, self.tokenizer, self.start)
+            begin_run(self.folder, arguments, self.state.num_processes, inputs)
         self.state.wait_for_everyone()
 
     def run(self) -> list[dict[str, Any]]:
@@ -84,6 +92,7 @@ class Rounds:
         self._measure(0)
         for number in range(1, self.arguments.rounds.num_rounds + 1):
             for stage in (
+                self._write_answers,
                 self._write_pairs,
                 self._write_reference,
                 self._write_reference_log_probs,
@@ -106,7 +115,7 @@ class Rounds:
         return self.folder / f"round-{number}"
 
     def _load(self, folder: Path) -> PreTrainedModel:
-        return load_policy(folder, self.arguments.policy, self.tokenizer, self.training.device)
+        return load_policy(folder, self.arguments.policy, self.training.device)
 
     def _written(self, path: Path, write: Callable[[Path], None]) -> None:
         """Have the first process `write` the file `path`, whole or not at all, and all others wait for it."""
@@ -120,42 +129,56 @@ class Rounds:
         path = self._round(number) / "pairs.parquet"
         if of_first_process(path.is_file):
             return
-        pairs = self.pairs.rounds[number - 1]
-        if self.arguments.rounds.round_data == "on_policy":
-            pairs = self._drawn_pairs(number, [pair["prompt"] for pair in pairs])
+        on_policy = self.arguments.rounds.round_data == "on_policy"
+        pairs = self._labelled_answers(number) if on_policy else self.pairs.rounds[number - 1]
         self._written(path, lambda partial: write_rows(pairs, partial))
 
-    def _drawn_pairs(self, number: int, prompts: list[list[dict[str, str]]]) -> Dataset:
-        settings = self.arguments.sampling
+    def _write_answers(self, number: int) -> None:
+        path = self._round(number) / "answers.parquet"
+        if self.arguments.rounds.round_data != "on_policy" or of_first_process(path.is_file):
+            return
+        settings, name = self.arguments.sampling, f"round {number}"
+        prompts, tokens = self._with_room(self.pairs.rounds[number - 1]["prompt"], name, self.progress)
         self._tell(number, f"drawing {settings.samples_per_prompt} answers to each of {len(prompts):,} prompts")
-        answers = self._sampled(
+        sampling = self._sampling(settings.samples_per_prompt, settings.temperature)
+        answers = sample_answers(
             self._load(self.policy_folder(number - 1)),
-            prompts,
-            settings.samples_per_prompt,
-            settings.temperature,
+            self.tokenizer,
+            tokens,
+            sampling,
             seed=seed_of(self.training.seed, "answers", number),
         )
-        texts = [[answer_text(self.tokenizer, answer) for answer in drawn] for drawn in answers]
-        rewards = score_answers(settings.reward_model, prompts, texts, settings.sampling_batch_size, self.progress)
-        pairs = best_and_worst(
-            prompts,
-            texts,
-            rewards,
-            self.arguments.pairs.flip_rate,
-            torch.Generator().manual_seed(seed_of(self.training.seed, "label noise", number)),
+        free_memory()
+        tell_unfinished(
+            self.tokenizer, [answer for drawn in answers for answer in drawn], sampling, name, self.progress
         )
-        self._tell(number, f"{len(pairs):,} of the prompts have answers of different reward")
+        texts = [[answer_text(self.tokenizer, answer) for answer in drawn] for drawn in answers]
+        rows = Dataset.from_dict({"prompt": prompts, "answers": texts})
+        self._written(path, lambda partial: write_rows(rows, partial))
+
+    def _labelled_answers(self, number: int) -> Dataset:
+        settings = self.arguments.sampling
+        drawn = read_rows(self._round(number) / "answers.parquet")
+        prompts, texts = drawn["prompt"][:], drawn["answers"][:]
+        rewards = score_answers(settings.reward_model, prompts, texts, settings.sampling_batch_size, self.progress)
+        generator = torch.Generator().manual_seed(seed_of(self.training.seed, "label noise", number))
+        pairs = best_and_worst(prompts, texts, rewards, self.arguments.pairs.flip_rate, generator)
+        if not pairs:
+            raise SettingsError(
+                f"round {number}: none of {len(prompts):,} prompts has answers of different reward; raise "
+                "samples_per_prompt, temperature or max_new_tokens, or give another reward_model, and another "
+                "output_dir."
+            )
+        self._tell(number, f"{len(pairs):,} of {len(prompts):,} prompts have answers of different reward")
         return Dataset.from_list(pairs)
 
-    def _sampled(
-        self, model: PreTrainedModel, prompts: list, num_samples: int, temperature: float, seed: int
-    ) -> list[list[Answer]]:
+    def _sampling(self, num_samples: int, temperature: float) -> Sampling:
         settings = self.arguments.sampling
-        sampling = Sampling(num_samples, settings.max_new_tokens, temperature, settings.sampling_batch_size)
-        tokens = [prompt_tokens(self.tokenizer, prompt) for prompt in prompts]
-        # What does not leave room for an answer loses its beginning.
-        room = max(self.training.max_length - settings.max_new_tokens, 1)
-        return sample_answers(model, self.tokenizer, [prompt[-room:] for prompt in tokens], sampling, seed)
+        return Sampling(num_samples, settings.max_new_tokens, temperature, settings.sampling_batch_size)
+
+    def _with_room(self, prompts: Sequence[Messages], name: str, progress: Progress) -> tuple[list, list]:
+        room = self.training.max_length - self.arguments.sampling.max_new_tokens
+        return with_room(self.tokenizer, prompts, room, name, progress)
 
     def _write_reference(self, number: int) -> None:
         # It serves for nothing else, and may have been deleted since.
@@ -217,7 +240,9 @@ class Rounds:
             model.config.use_cache = use_cache
             self._written(
                 self._round(number) / "training_log.json",
-                lambda partial: write_text(partial, json.dumps(trained.log, indent=1, sort_keys=True) + "\n"),
+                lambda partial: write_text(
+                    partial, json.dumps(trained.log, indent=1, sort_keys=True, allow_nan=False) + "\n"
+                ),
             )
             if self.state.is_main_process:
                 self._save_policy(model, number, len(pairs), trained.num_steps)
@@ -245,14 +270,7 @@ class Rounds:
             if number == 1:
                 step["source"] = {"name": recorded_name(name, self.start), "revision": self.revision}
             write_provenance(folder, with_step(read_provenance(before), "iterative_dpo", **step))
-            self._write_card(folder, before)
-
-    def _write_card(self, folder: Path, before: Path) -> None:
-        try:
-            write_card(folder, before)
-        # Whatever it is: a round of training is not lost for a card.
-        except Exception as error:
-            self.progress.warn(f"{folder.name}: no card is written ({first_line(error)}).")
+            write_card_or_warn(folder, before, self.progress)
 
     def _measure(self, number: int) -> None:
         path = self._round(number) / "figures.json"
@@ -275,16 +293,20 @@ class Rounds:
             **pair_figures(scores, start, pairs.rows["source"], self.training.beta),
             **(self._measured_answers(model, number) if self.arguments.sampling.eval_samples else {}),
         }
-        self._written(path, lambda partial: write_text(partial, json.dumps(figures, indent=1) + "\n"))
+        self._written(path, lambda partial: write_text(partial, json.dumps(figures, indent=1, allow_nan=False) + "\n"))
 
     def _measured_answers(self, model: PreTrainedModel, number: int) -> dict[str, Any]:
         settings = self.arguments.sampling
-        prompts = self.pairs.evaluation.select(range(min(settings.eval_samples, len(self.pairs.evaluation))))["prompt"]
+        chosen = self.pairs.evaluation.select(range(min(settings.eval_samples, len(self.pairs.evaluation))))["prompt"]
+        prompts, tokens = self._with_room(chosen, "eval_data", self.progress if number == 0 else Progress())
+        sampling = self._sampling(1, temperature=1.0)
         # The same seed in each round: policies that are alike answer alike.
-        drawn = self._sampled(model, prompts, 1, temperature=1.0, seed=seed_of(self.training.seed, "measured answers"))
-        answers = [answer for (answer,) in drawn]
+        seed = seed_of(self.training.seed, "measured answers")
+        answers = [answer for (answer,) in sample_answers(model, self.tokenizer, tokens, sampling, seed)]
+        tell_unfinished(self.tokenizer, answers, sampling, f"round {number}: eval_data", self.progress)
         scores = self._scorer(model, answers)
         start = scores if number == 0 else self._scorer(self._load(self.start), answers)
+        free_memory()
         rewards = None
         texts = [[answer_text(self.tokenizer, answer)] for answer in answers]
         if settings.eval_reward_model is not None:
