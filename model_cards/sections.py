@@ -171,11 +171,13 @@ def _training(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def _preference(step: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the rows of an evaluation on preference pairs; that of all pairs comes last, if there are others."""
+    """Return the rows of an evaluation on preference pairs; that of all pairs comes last."""
     patterns = {"pairs": ",d", "accuracy": ".3f", "length_baseline": ".3f", "margin": ".3f", "loss": ".4f"}
+    evaluation = step.get("preference")
+    rows = {**evaluation["sources"], "all pairs": evaluation["all"]} if evaluation else {}
     return [
         {"source": source, **{name: number(figures.get(name), pattern) for name, pattern in patterns.items()}}
-        for source, figures in sorted((step.get("preference") or {}).items(), key=lambda row: row[0] == "all")
+        for source, figures in rows.items()
     ]
 
 

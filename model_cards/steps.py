@@ -50,7 +50,10 @@ def _train(step: Mapping[str, Any]) -> str:
     if step.get("tokens"):
         text += f", {step['tokens']:,} tokens"
     if step.get("pairs"):
-        text += f", {plural(step['pairs'], 'preference pair')}"
+        epochs = "1 epoch" if step["epochs"] == 1 else f"{step['epochs']:.3g} epochs"
+        text += f", {epochs} of {plural(step['pairs'], 'preference pair')}"
+        if step.get("flip_rate"):
+            text += f" with the answers of {step['flip_rate']:.1%} of them exchanged (label noise)"
     if step.get("data"):
         text += f", on {listed(step['data'])}"
     if (pairs := (step.get("preference") or {}).get("all")) is not None:

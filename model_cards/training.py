@@ -61,13 +61,21 @@ def training_facts(
     }
 
 
-def preference_facts(history: Sequence[Mapping[str, Any]], step: int, pairs_per_step: int) -> dict[str, Any]:
-    """Return what to tell of a training on preference pairs beside, and instead of, that of one on text."""
+def preference_facts(
+    history: Sequence[Mapping[str, Any]], step: int, epochs: float, pairs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what to tell of a training on preference pairs beside, and instead of, that of one on text.
+
+    Args:
+        epochs: passes over the pairs up to `step`.
+        pairs: their number as `pairs`, `flip_rate`, and whatever else is to be recorded of them.
+    """
     evaluated = [log for log in history if "eval_accuracy" in log and log.get("step", 0) <= step]
     last = evaluated[-1] if evaluated else {}
     return {
         "objective": "bradley_terry",
-        "pairs": step * pairs_per_step,
+        **pairs,
+        "epochs": epochs,
         "loss": _last(history, "preference_loss") or _last(history, "loss"),
         "evaluation": {},
         "evaluation_step": last.get("step"),
@@ -75,18 +83,23 @@ def preference_facts(history: Sequence[Mapping[str, Any]], step: int, pairs_per_
     }
 
 
-def preference_figures(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Return the figures of an evaluation on preference pairs by source; `all` is that of all pairs."""
-    prefixes = [
-        name.removesuffix("accuracy")
-        for name in metrics
-        if name == "eval_accuracy" or (name.startswith(_SOURCE) and name.endswith("_accuracy"))
+def preference_figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures of an evaluation on preference pairs: of `all` pairs, and of each of `sources` by name.
+
+    Both are there only if `metrics` has an evaluation.
+    """
+    if "eval_accuracy" not in metrics:
+        return {}
+    ending = "_accuracy"
+    sources = [
+        name[len(_SOURCE) : -len(ending)] for name in metrics if name.startswith(_SOURCE) and name.endswith(ending)
     ]
     return {
-        prefix.removeprefix(_SOURCE)[:-1] if prefix.startswith(_SOURCE) else "all": {
-            figure: metrics[prefix + figure] for figure in PREFERENCE_FIGURES
-        }
-        for prefix in prefixes
+        "all": {figure: metrics[f"eval_{figure}"] for figure in PREFERENCE_FIGURES},
+        "sources": {
+            source: {figure: metrics[f"{_SOURCE}{source}_{figure}"] for figure in PREFERENCE_FIGURES}
+            for source in sources
+        },
     }
 
 

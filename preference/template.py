@@ -65,18 +65,21 @@ def conversation_ids(
         add_generation_prompt: with what an answer follows, for a conversation that has none yet.
 
     Raises:
-        SettingsError: if the template refuses it, such as one without system messages.
+        SettingsError: if the template refuses it, such as one without system messages, or renders nothing.
     """
     try:
-        return tokenizer.apply_chat_template(
+        tokens = tokenizer.apply_chat_template(
             list(messages), tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt
         )["input_ids"]
+        problem = None if tokens else "it renders nothing"
     except (TemplateError, TypeError) as error:
+        problem = first_line(error)
+    if problem is not None:
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise SettingsError(
-            f"The chat template refuses a conversation of {roles} ({first_line(error)}); give others, or another "
-            "chat_template."
-        ) from error
+            f"The chat template refuses a conversation of {roles} ({problem}); give others, or another chat_template."
+        )
+    return tokens
 
 
 def ending_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -92,9 +95,10 @@ def _probes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 def set_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
     """Have `model` and `tokenizer` pad with one token that no conversation ends with.
 
-    That is the tokenizer's own, where it will do: `<|endoftext|>` of Qwen's tokenizers, as ChatML ends with a line
-    break after `<|im_end|>`. Else it is the first of the special tokens that will, if possible one that the template
-    does not use at all. Its embedding stays trainable: it may stand in a text.
+    That is the one that the configuration names, where it will do. Else it is the first that will of the tokenizer's
+    own, the one that ends texts, and the other special tokens, and of them the first that the template does not use at
+    all, if there is one: `<|endoftext|>` of Qwen's tokenizers, as ChatML ends with a line break after `<|im_end|>`.
+    Its embedding stays trainable: it may stand in a text.
 
     Args:
         name: of the checkpoint, for errors.
@@ -134,9 +138,11 @@ def _padding_id(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, na
     special = [index for index, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
     candidates = [
         index
-        for index in (tokenizer.pad_token_id, tokenizer.eos_token_id, *special)
+        for index in (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, *special)
         if index is not None and index not in endings and index < config.vocab_size
     ]
+    if config.pad_token_id in candidates:
+        return config.pad_token_id
     used = {index for tokens in _probes(tokenizer) for index in tokens}
     if candidates:
         return min(candidates, key=used.__contains__)

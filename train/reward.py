@@ -32,8 +32,11 @@ def main(argv: list[str]) -> int:
         print(format_help())
         return 0
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    output_dir = None
     try:
-        train(parse_arguments(argv))
+        arguments = parse_arguments(argv)
+        output_dir = arguments.training.output_dir
+        train(arguments)
     except SettingsError as error:
         return _fail(2, str(error))
     # A full disk, a file that went away. Other exceptions are bugs, whose traceback is worth seeing.
@@ -42,8 +45,18 @@ def main(argv: list[str]) -> int:
     except RunEnded as end:
         return _fail(end.status, str(end))
     except KeyboardInterrupt:
-        return _fail(130, "interrupted; continue from the newest checkpoint with resume_from_checkpoint=last.")
+        return _fail(130, f"interrupted; {_way_on(output_dir)}")
     return 0
+
+
+def _way_on(output_dir: str | None) -> str:
+    """Return how a run that was interrupted is gone on with."""
+    if output_dir is not None:
+        from upcycled_moe.train.saving.checkpoints import checkpoint_folders, fault_of
+
+        if any(fault_of(folder) is None for folder in checkpoint_folders(output_dir)):
+            return "continue from the newest checkpoint with resume_from_checkpoint=last."
+    return "there is no checkpoint yet: start again with the same command."
 
 
 def _fail(status: int, message: str) -> int:
@@ -62,6 +75,7 @@ def train(arguments: RewardArguments) -> None:
     from upcycled_moe.train.model import carry_files, risks_of
     from upcycled_moe.train.monitoring.callbacks import shorten_console_log
     from upcycled_moe.train.preference.reward_model import load_reward_start
+    from upcycled_moe.train.preference.reward_output import check_output_dir
     from upcycled_moe.train.preference.reward_pairs import read_pair_rows
     from upcycled_moe.train.preference.reward_report import (
         evaluation_table,
@@ -73,20 +87,21 @@ def train(arguments: RewardArguments) -> None:
     from upcycled_moe.train.saving.checkpoints import checkpoint_to_resume
 
     model_args, data_args, args, _ = arguments
+    check_output_dir(args)
     set_seed(args.seed)
     model, tokenizer = load_reward_start(model_args, args.max_length, args.seed)
     progress = _Stderr() if args.should_log else Progress()
-    train_rows, eval_rows = read_pair_rows(data_args, tokenizer, args.max_length, args.seed, progress)
-    args.set_num_steps(len(train_rows))
+    train_pairs, eval_rows = read_pair_rows(data_args, tokenizer, args.max_length, args.seed, progress)
+    args.set_num_steps(len(train_pairs.rows))
     checkpoint = checkpoint_to_resume(args)
     trainer = RewardModelTrainer(
-        model=model, args=args, train_dataset=train_rows, eval_dataset=eval_rows, processing_class=tokenizer
+        model=model, args=args, train_dataset=train_pairs.rows, eval_dataset=eval_rows, processing_class=tokenizer
     )
     shorten_console_log(trainer)
     if args.should_save:
         write_reward_config(arguments, trainer)
         start = carry_files(model_args, args.output_dir)
-        trainer.add_callback(reward_card_callback(arguments, start))
+        trainer.add_callback(reward_card_callback(arguments, start, train_pairs))
         for risk in risks_of(trainer.model.config):
             progress.warn(risk)
 

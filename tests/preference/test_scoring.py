@@ -123,6 +123,21 @@ def test_a_conversation_that_the_template_refuses_is_one_line():
         conversation_ids(tokenizer, [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}])
 
 
+@pytest.mark.parametrize("render", [conversation_ids, lambda tokenizer, _: ending_ids(tokenizer)])
+def test_a_template_that_renders_nothing_is_one_line(render):
+    tokenizer = qwen_tokenizer(chat_template="{# nothing #}")
+    with pytest.raises(SettingsError, match=r"refuses a conversation of user, assistant .it renders nothing"):
+        render(tokenizer, conversation("a", "b"))
+
+
+def test_the_token_that_a_configuration_pads_with_is_kept_where_no_conversation_ends_with_it():
+    tokenizer, model = qwen_tokenizer(), reward_model("dense")
+    for token, kept in (("<|im_start|>", "<|im_start|>"), ("Ċ", "<|endoftext|>")):
+        model.config.pad_token_id = tokenizer.convert_tokens_to_ids(token)
+        set_padding(tokenizer, model, "m")
+        assert tokenizer.convert_ids_to_tokens(model.config.pad_token_id) == tokenizer.pad_token == kept
+
+
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_the_last_token_is_scored_however_it_is_padded(kind):
     tokenizer, model = qwen_tokenizer(), reward_model(kind)

@@ -14,8 +14,15 @@ from upcycled_moe.cli.main import main as upcycled_moe
 from upcycled_moe.common.routing_log import read_routing
 from upcycled_moe.preference.scoring import load_reward_model, score_conversations
 from upcycled_moe.preference.template import CHATML
-from upcycled_moe.train.preference.reward_arguments import RewardModelArguments, parse_arguments
+from upcycled_moe.train.arguments import setting_types
+from upcycled_moe.train.preference.reward_arguments import (
+    GROUPS,
+    TRAINER_SETTINGS,
+    RewardModelArguments,
+    parse_arguments,
+)
 from upcycled_moe.train.preference.reward_model import load_reward_start
+from upcycled_moe.train.preference.reward_training_arguments import RewardTrainingArguments
 from upcycled_moe.train.reward import main
 
 
@@ -23,7 +30,7 @@ def write_pairs(path: Path, num_pairs: int) -> Path:
     """Write pairs of two sources, of which the shorter answer is chosen, and one that is too long."""
     rows = [
         {"prompt": f"the {number}", "chosen": "it is", "rejected": "no it was " * (1 + number % 3), "source": source}
-        for number, source in zip(range(num_pairs), ("even", "odd") * num_pairs, strict=False)
+        for number, source in zip(range(num_pairs), ("all", "odd") * num_pairs, strict=False)
     ]
     rows.append({**rows[0], "rejected": "was " * 300})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -113,10 +120,13 @@ def test_the_new_head_is_drawn_by_the_seed(dense_checkpoint):
 
 def test_the_evaluation_is_by_source_against_the_length_of_answers(dense_run):
     table = json.loads((dense_run / "reward_evaluation.json").read_text())
-    assert list(table) == ["all", "even", "odd"]
-    assert [row["pairs"] for row in table.values()] == [6, 3, 3]
+    assert list(table) == ["all", "sources"]
+    # A source may be called as the total is.
+    assert list(table["sources"]) == ["all", "odd"]
+    rows = [table["all"], *table["sources"].values()]
+    assert [row["pairs"] for row in rows] == [6, 3, 3]
     # The chosen answer is the shorter one throughout.
-    assert {row["length_baseline"] for row in table.values()} == {0.0}
+    assert {row["length_baseline"] for row in rows} == {0.0}
     assert table["all"]["accuracy"] == 1.0
     evaluations = [entry for entry in log_of(dense_run) if "eval_accuracy" in entry]
     assert [entry["step"] for entry in evaluations] == [0, 4]
@@ -182,21 +192,25 @@ def test_the_card_and_the_provenance_tell_of_pairs(moe_run):
         step for step in json.loads((moe_run / "upcycling.json").read_text())["steps"] if step["command"] == "train"
     ]
     assert step["objective"] == "bradley_terry"
-    assert step["pairs"] == 4 * 2 * 2
+    recorded = {"pairs": 16, "pairs_too_long": 1, "epochs": 1.0, "max_length": 128, "flip_rate": 0.0}
+    assert step | recorded == step
     assert step["preference"]["all"]["pairs"] == 6
     assert step["tokens"] is None
     assert "AutoModelForSequenceClassification" in card
     assert "apply_chat_template" in card
-    assert "| even | 3 |" in card
+    assert "**train** for 4 steps, 1 epoch of 16 preference pairs, on `train.jsonl`" in card
+    assert "| all | 3 |" in card
+    assert "| all pairs | 6 |" in card
     assert "nats a token" not in card
     checkpoint_card = (moe_run / "checkpoint-2" / "README.md").read_text()
-    assert "**train** for 2 steps" in checkpoint_card
+    assert "**train** for 2 steps, 0.5 epochs of 16 preference pairs" in checkpoint_card
 
 
 def test_label_noise_flips_pairs_to_train_on_only(inputs, dense_run, tmp_path):
     settings = {**inputs, "output_dir": tmp_path / "run", "flip_rate": 1.0, "max_steps": 6}
     assert main(command_line(settings)) == 0
     assert json.loads((tmp_path / "run" / "reward_evaluation.json").read_text())["all"]["accuracy"] == 0.0
+    assert "with the answers of 100.0% of them exchanged (label noise)" in (tmp_path / "run" / "README.md").read_text()
 
 
 BAD = {
@@ -207,6 +221,16 @@ BAD = {
     "length": ({"max_length": 9999}, "max_length=9999 exceeds max_position_embeddings"),
     "too short": ({"max_length": 4}, "pairs are longer than max_length=4"),
     "evaluation": ({"eval_data": [], "eval_strategy": "epoch"}, "needs eval_data, which is missing"),
+    "no effect": (
+        {"label_smoothing_factor": 0.1},
+        "label_smoothing_factor is no setting of a reward model's training",
+    ),
+    "sampling": ({"train_sampling_strategy": "group_by_length"}, "choose one of random, sequential"),
+    "no batch": (
+        {"dataloader_drop_last": True, "per_device_train_batch_size": 32},
+        "16 pairs make no batch of per_device_train_batch_size=32 on each of 1 processes",
+    ),
+    "device": ({"use_cpu": False, "bf16": True}, "give use_cpu=true bf16=false to train on a CPU"),
     "loss": ({"router_aux_loss_coef": 0.1}, "is a qwen2 model without it"),
 }
 
@@ -222,6 +246,70 @@ def test_wrong_settings_end_with_2_and_one_line(kind, inputs, tmp_path, capsys):
     assert last.startswith("reward.py: ")
     assert said in last
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "earlier run"])
+def test_the_output_folder_is_looked_at_before_anything_is_loaded(kind, inputs, tmp_path, capsys):
+    settings = {**inputs, "model_name_or_path": tmp_path / "gone", "output_dir": tmp_path / "out"}
+    if kind == "file":
+        (tmp_path / "out").touch()
+        settings["output_dir"] = tmp_path / "out" / "run"
+    else:
+        (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)
+        (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").touch()
+    said = {"file": "is a file; give a folder", "earlier run": "holds checkpoint-2 of an earlier run"}[kind]
+
+    assert main(command_line(settings)) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_an_interrupted_run_says_how_to_go_on(is_saved, inputs, moe_run, tmp_path, monkeypatch, capsys):
+    def interrupt(arguments):
+        if is_saved:
+            shutil.copytree(moe_run / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("upcycled_moe.train.reward.train", interrupt)
+    assert main(command_line({**inputs, "output_dir": tmp_path / "out"})) == 130
+    said = "with resume_from_checkpoint=last" if is_saved else "start again with the same command"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("pairs", "drop_last", "accumulation", "expected"), [(5, False, 1, 3), (5, True, 1, 2), (5, True, 4, 1)]
+)
+def test_steps_are_counted_as_the_trainer_makes_batches(pairs, drop_last, accumulation, expected, tmp_path):
+    args = RewardTrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        per_device_train_batch_size=2,
+        dataloader_drop_last=drop_last,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=2,
+    )
+    args.set_num_steps(pairs)
+    assert (args.steps_per_epoch(pairs), args.max_steps) == (expected, 2 * expected)
+
+
+def test_scores_are_not_rounded_by_mixed_precision(dense_run):
+    settings = RewardModelArguments(model_name_or_path=str(dense_run))
+    model, _ = load_reward_start(settings, 128, 0)
+    hidden = []
+    model.score.register_forward_pre_hook(lambda head, args: hidden.append(args[0]))
+    tokens = torch.arange(12).view(1, -1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = model(input_ids=tokens).logits[:, 0]
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, model.score.weight[0] @ hidden[0][:, -1].float().T, rtol=1e-6, atol=1e-7)
+    scores.sum().backward()
+    assert model.score.weight.grad.abs().sum() > 0
+
+
+def test_every_setting_that_is_accepted_is_a_field_of_the_trainer():
+    known = setting_types((RewardTrainingArguments,)).keys()
+    assert known >= TRAINER_SETTINGS
+    assert not TRAINER_SETTINGS & setting_types(GROUPS).keys()
 
 
 def test_a_classifier_of_several_labels_is_refused(inputs, dense_checkpoint, tmp_path, capsys):

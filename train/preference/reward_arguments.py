@@ -43,7 +43,9 @@ class PairArguments:
     )
     train_split: str = field(default="train", metadata=_help("Split of a Hub dataset or of a folder's files."))
     eval_split: str = field(default="test", metadata=_help("The same, for eval_data."))
-    max_train_pairs: int | None = field(default=None, metadata=_help("The first so many of all; null for all."))
+    max_train_pairs: int | None = field(
+        default=None, metadata=_help("The first so many of all, with those that are too long; null for all.")
+    )
     max_eval_pairs: int | None = field(default=None, metadata=_help("The same, of eval_data."))
     flip_rate: float = field(
         default=0.0, metadata=_help("Share of train_data, drawn at random, whose answers are exchanged: label noise.")
@@ -105,23 +107,33 @@ usage: accelerate launch train/reward.py --config FILE.yaml [key=value | --key v
 Trains a reward model, MoE or dense, on preference pairs. What is given later wins: defaults, --config, command line.
 """
 
-# Fields of trl's and Transformers' that something else sets here, or that have no meaning.
-NOT_SETTINGS = frozenset(
+# Fields of trl's RewardConfig, and so of TrainingArguments, that are settings too. The others do nothing here, or
+# something else sets them.
+TRAINER_SETTINGS = frozenset(
     {
-        "chat_template_path",
-        "eos_token",
-        "model_init_kwargs",
-        "pad_token",
-        "push_to_hub",
-        "trust_remote_code",
-        "use_liger_kernel",
+        *("gradient_accumulation_steps", "max_grad_norm", "fp16", "tf32", "neftune_noise_alpha"),
+        *("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"),
+        *("lr_scheduler_kwargs", "seed", "data_seed", "full_determinism", "train_sampling_strategy"),
+        *("disable_dropout", "center_rewards_coefficient", "pad_to_multiple_of", "activation_offloading"),
+        *("gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
+        *("torch_empty_cache_steps", "use_cpu"),
+        *("eval_steps", "eval_delay", "eval_on_start", "load_best_model_at_end", "metric_for_best_model"),
+        *("greater_is_better", "save_strategy", "save_steps", "save_total_limit", "save_only_model"),
+        *("save_on_each_node", "ignore_data_skip"),
+        *("logging_strategy", "logging_first_step", "logging_nan_inf_filter", "log_level", "log_level_replica"),
+        *("log_on_each_node", "disable_tqdm", "run_name", "project", "trackio_space_id"),
+        *("dataloader_drop_last", "dataloader_num_workers", "dataloader_pin_memory"),
+        *("dataloader_persistent_workers", "dataloader_prefetch_factor"),
+        *("ddp_backend", "ddp_timeout", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
+        # The arguments say what there is instead.
+        *("deepspeed", "fsdp", "fsdp_config"),
     }
 )
 
 
 def format_help() -> str:
     """Return the text of `--help`."""
-    ending = "Most fields of trl's RewardConfig, and so of TrainingArguments, are settings too, such as save_steps."
+    ending = f"Fields of trl's RewardConfig, and so of TrainingArguments, too: {', '.join(sorted(TRAINER_SETTINGS))}."
     return help_text(USAGE, GROUPS, ending)
 
 
@@ -141,8 +153,7 @@ def parse_arguments(argv: Sequence[str]) -> RewardArguments:
         ) from None
 
     groups = (RewardModelArguments, PairArguments, RewardTrainingArguments)
-    types = {name: hint for name, hint in setting_types(groups).items() if name not in NOT_SETTINGS}
-    given = read_settings(argv, types)
+    given = read_settings(argv, setting_types(groups))
     _check(given)
     try:
         return RewardArguments(*(build_group(group, given) for group in groups), given=given)
@@ -157,6 +168,12 @@ def _check(given: dict[str, Any]) -> None:
     Raises:
         SettingsError: at the first that is missing, out of range or without effect.
     """
+    accepted = setting_types(GROUPS).keys() | TRAINER_SETTINGS
+    if refused := [name for name in given if name not in accepted]:
+        raise SettingsError(
+            f"{refused[0]} is no setting of a reward model's training: it would do nothing here, or something else "
+            "sets it; leave it out."
+        )
     for name in ("model_name_or_path", "output_dir", "train_data"):
         if not given.get(name):
             raise SettingsError(f"{name} is missing; give it in the --config file or as {name}=...")
@@ -185,4 +202,4 @@ def resolved_settings(arguments: RewardArguments) -> dict[str, Any]:
     for group in GROUPS:
         settings |= asdict(build_group(group, arguments.given))
     settings |= {"seed": arguments.training.seed} | arguments.given
-    return {name: value for name, value in settings.items() if name not in ("resume_from_checkpoint", "hub_token")}
+    return {name: value for name, value in settings.items() if name != "resume_from_checkpoint"}

@@ -1,6 +1,7 @@
 """Loading the model that becomes a reward model."""
 
 import torch
+from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -22,7 +23,7 @@ def load_reward_start(
     """Return the model to train, and its tokenizer, which pads with a token that no conversation ends with.
 
     A reward model is taken as it is. A language model loses its head, and gets one for a score, drawn from
-    N(0, `initializer_range`²) by `seed`.
+    N(0, `initializer_range`²) by `seed`. The head computes in float32.
 
     Raises:
         SettingsError: if it cannot be loaded, is neither, has fewer tokens than the tokenizer or fewer positions than
@@ -60,6 +61,7 @@ def load_reward_start(
         head = torch.randn(model.score.weight.shape, generator=generator) * config.initializer_range
         model.score.weight.data.copy_(head)
     set_padding(tokenizer, model, name)
+    score_in_float32(model)
     return model, tokenizer
 
 
@@ -82,3 +84,17 @@ def _check_sizes(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, m
             f"max_length={max_length} exceeds max_position_embeddings={config.max_position_embeddings} of {name}; "
             "lower it."
         )
+
+
+def score_in_float32(model: PreTrainedModel) -> None:
+    """Have the head of `model` compute in float32 under autocast, which would round scores to 8 bits."""
+    model.score.register_forward_hook(_in_float32)
+
+
+def _in_float32(head: nn.Linear, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+    [hidden_states] = args
+    device = hidden_states.device.type
+    if not torch.is_autocast_enabled(device):
+        return output
+    with torch.autocast(device, enabled=False):
+        return nn.functional.linear(hidden_states.float(), head.weight.float())

@@ -11,6 +11,7 @@ import yaml
 from ...common.files import replacing, write_text
 from ...common.provenance import recorded_name
 from ...model_cards.training import preference_facts, preference_figures
+from ...preference.template import TokenizedPairs
 from ..model import CONFIG_FIELDS
 from ..saving.card import CardCallback
 from ..saving.checkpoints import CONFIG_FILE
@@ -46,14 +47,15 @@ def _pairs_per_step(arguments: RewardArguments) -> int:
 
 
 def write_reward_evaluation(metrics: Mapping[str, float], folder: str) -> None:
-    """Write the evaluation by source as JSON; `all` is that of all pairs."""
+    """Write the evaluation as JSON: `all` is that of all pairs, `sources` has that of each source."""
     with replacing(Path(folder, EVALUATION_FILE)) as partial:
         write_text(partial, json.dumps(preference_figures(metrics), indent=2) + "\n")
 
 
 def evaluation_table(metrics: Mapping[str, float]) -> str:
     """Return the evaluation by source as a table."""
-    rows = preference_figures(metrics)
+    figures = preference_figures(metrics)
+    rows = {"all pairs": figures["all"], **figures["sources"]}
     width = max(len(name) for name in ("source", *rows))
     lines = [f"{'source':<{width}}  {'pairs':>6}  accuracy  longer wins   margin     loss"]
     for name, row in rows.items():
@@ -64,24 +66,33 @@ def evaluation_table(metrics: Mapping[str, float]) -> str:
     return "\n".join(lines)
 
 
-def reward_card_callback(arguments: RewardArguments, start: Path) -> CardCallback:
-    """Return the callback for a run that begins with the checkpoint in the folder `start`."""
+def reward_card_callback(arguments: RewardArguments, start: Path, pairs: TokenizedPairs) -> CardCallback:
+    """Return the callback for a run on `pairs` that begins with the checkpoint in the folder `start`."""
     model = arguments.model
     is_local = Path(model.model_name_or_path).is_dir()
     # A revision says that the name is one on the Hub.
     revision = None if is_local else model.model_revision or "main"
     name = recorded_name(model.model_name_or_path, start) if is_local else model.model_name_or_path
     source = {"name": name, "revision": revision}
-    return _RewardCardCallback(arguments.training.output_dir, source, start, _pairs_per_step(arguments))
+    return _RewardCardCallback(arguments, source, start, pairs)
 
 
 class _RewardCardCallback(CardCallback):
     """Tells of pairs, where that of text tells of tokens."""
 
-    def __init__(self, output_dir: str, source: Mapping[str, Any], start: Path, pairs_per_step: int):
-        super().__init__(output_dir, source, start, tokens_per_step=None)
-        self.pairs_per_step = pairs_per_step
+    def __init__(self, arguments: RewardArguments, source: Mapping[str, Any], start: Path, pairs: TokenizedPairs):
+        _, data, args, _ = arguments
+        super().__init__(args.output_dir, source, start, tokens_per_step=None)
+        self.steps_per_epoch = args.steps_per_epoch(len(pairs.rows))
+        self.pairs = {
+            "pairs": len(pairs.rows),
+            "pairs_too_long": pairs.num_too_long,
+            "max_length": args.max_length,
+            "max_train_pairs": data.max_train_pairs,
+            "flip_rate": data.flip_rate,
+        }
 
     def _facts(self, state, best_step: int | None) -> dict[str, Any]:
         facts = super()._facts(state, best_step)
-        return facts | preference_facts(state.log_history, facts["steps"], self.pairs_per_step)
+        epochs = round(facts["steps"] / self.steps_per_epoch, 4)
+        return facts | preference_facts(state.log_history, facts["steps"], epochs, self.pairs)

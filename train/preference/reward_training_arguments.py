@@ -3,10 +3,14 @@
 import math
 from dataclasses import dataclass
 
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import RewardConfig
 
 from ...common.settings import SettingsError
 from .reward_arguments import RewardRecipeArguments
+
+
+SAMPLING_STRATEGIES = ("random", "sequential")
 
 
 @dataclass
@@ -28,7 +32,13 @@ class RewardTrainingArguments(RewardRecipeArguments, RewardConfig):
             # The names that newer Transformers reads.
             self.activation_checkpointing = self.gradient_checkpointing
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        self._check_device()
         super().__post_init__()
+        if self.train_sampling_strategy not in SAMPLING_STRATEGIES:
+            raise SettingsError(
+                f"train_sampling_strategy={self.train_sampling_strategy}: choose one of "
+                f"{', '.join(SAMPLING_STRATEGIES)}; a pair has two lengths."
+            )
         if self.gradient_checkpointing_kwargs["use_reentrant"]:
             raise SettingsError(
                 "gradient_checkpointing_kwargs: use_reentrant=true would cut router losses off from what is before "
@@ -40,9 +50,37 @@ class RewardTrainingArguments(RewardRecipeArguments, RewardConfig):
                 "DeepSpeed."
             )
 
+    def _check_device(self) -> None:
+        if self.bf16 and not self.use_cpu and not (is_torch_bf16_gpu_available() or is_torch_xla_available()):
+            raise SettingsError(
+                "bf16=true, but no accelerator that computes in it is there; give use_cpu=true bf16=false to train on "
+                "a CPU."
+            )
+        if self.fp16 and self.use_cpu:
+            raise SettingsError("fp16=true has no effect on a CPU; leave it out.")
+
     def set_num_steps(self, num_pairs: int) -> None:
-        """Set `max_steps` to the steps of `num_train_epochs` over `num_pairs`, unless it is given."""
+        """Set `max_steps` to the steps of `num_train_epochs` over `num_pairs`, unless it is given.
+
+        Raises:
+            SettingsError: if the pairs make no batch.
+        """
+        steps_per_epoch = self.steps_per_epoch(num_pairs)
         if self.max_steps < 1:
-            num_batches = math.ceil(num_pairs / (self.per_device_train_batch_size * self.world_size))
-            num_steps = math.ceil(num_batches / self.gradient_accumulation_steps)
-            self.max_steps = math.ceil(self.num_train_epochs * num_steps)
+            self.max_steps = math.ceil(self.num_train_epochs * steps_per_epoch)
+
+    def steps_per_epoch(self, num_pairs: int) -> int:
+        """Return the optimizer steps of one pass over `num_pairs`.
+
+        Raises:
+            SettingsError: if the pairs make no batch.
+        """
+        rounded = math.floor if self.dataloader_drop_last else math.ceil
+        num_batches = rounded(num_pairs / (self.per_device_train_batch_size * self.world_size))
+        if not num_batches:
+            raise SettingsError(
+                f"dataloader_drop_last=true leaves nothing to train on: {num_pairs:,} pairs make no batch of "
+                f"per_device_train_batch_size={self.per_device_train_batch_size} on each of {self.world_size} "
+                "processes; leave it out, lower the batch size, or give more pairs."
+            )
+        return math.ceil(num_batches / self.gradient_accumulation_steps)
