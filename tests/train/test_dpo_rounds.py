@@ -11,9 +11,10 @@ from dense_checkpoints import byte_level_tokenizer
 from trl import DPOConfig, DPOTrainer
 
 from upcycled_moe.common.settings import SettingsError
+from upcycled_moe.train.errors import RunError
 from upcycled_moe.train.preference import references, round_figures
 from upcycled_moe.train.preference.dpo_sampling import Sampling, ending_tokens, sample_answers
-from upcycled_moe.train.preference.dpo_trainer import RoundTrainer
+from upcycled_moe.train.preference.dpo_trainer import RoundTrainer, train_round
 from upcycled_moe.train.preference.dpo_training_arguments import DPOTrainingArguments
 from upcycled_moe.train.preference.log_probabilities import Answer, AnswerScorer, tokenize_pairs
 from upcycled_moe.train.preference.round_pairs import best_and_worst, read_rows, write_rows
@@ -233,3 +234,69 @@ def test_the_loss_has_the_routers_of_the_model(make_moe, tokenizer, tmp_path):
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, router)[0], rtol=1e-4, atol=1e-6)
     (without,) = torch.autograd.grad(naive_dpo_loss(model, batch, beta=0.3), router)
     assert (gradient - without).norm() > 0.1 * without.norm()
+
+
+def with_reference(pairs: Dataset) -> Dataset:
+    for column in ("ref_chosen_logps", "ref_rejected_logps"):
+        pairs = pairs.add_column(column, [-20.0] * len(pairs))
+    return pairs
+
+
+def router_biases(model) -> list[torch.Tensor]:
+    return [tensor.clone() for name, tensor in model.state_dict().items() if name.endswith("e_score_correction_bias")]
+
+
+def test_biases_of_routers_follow_the_loads_of_a_step_and_a_resumed_round_goes_on_with_them(
+    make_moe, tokenizer, tmp_path, monkeypatch
+):
+    pairs = with_reference(tokenize_pairs(conversations(*PAIRS), tokenizer, 64, "pairs").rows)
+    args = DPOTrainingArguments(
+        use_cpu=True, max_steps=2, per_device_train_batch_size=3, save_steps=1, logging_steps=1, learning_rate=1e-3
+    )
+
+    def fresh():
+        names = dict.fromkeys(("pad_token_id", "eos_token_id", "bos_token_id"), 0)
+        model = make_moe(vocab_size=len(tokenizer), use_router_bias=True, router_bias_update_rate=0.25, **names)
+        model.load_state_dict(start or model.state_dict())
+        return model
+
+    start = None
+    start = fresh().state_dict()
+    model, whole = fresh(), fresh()
+    before = router_biases(model)
+    batch = RoundTrainer(model=fresh(), args=args, train_dataset=pairs, processing_class=tokenizer).data_collator(
+        list(pairs)
+    )
+    with torch.no_grad():
+        selected = model.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_selected_experts=True
+        ).selected_experts
+    train_round(whole, tokenizer, pairs, args, tmp_path / "whole", seed=0, name="round 1")
+
+    update = RoundTrainer.update_router_biases
+
+    def stopping(trainer) -> None:
+        if trainer.state.global_step == 1:
+            raise KeyboardInterrupt
+        update(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RoundTrainer, "update_router_biases", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train_round(model, tokenizer, pairs, args, tmp_path / "stopped", seed=0, name="round 1")
+    real = batch["attention_mask"].flatten().bool()
+    for old, new, experts in zip(before, router_biases(model), selected, strict=True):
+        loads = experts[real].flatten().bincount(minlength=len(old))[: len(old)].float()
+        torch.testing.assert_close(new - old, 0.25 * torch.sign(loads.mean() - loads))
+        assert not torch.equal(new, old)
+    resumed = fresh()
+    train_round(resumed, tokenizer, pairs, args, tmp_path / "stopped", seed=0, name="round 1")
+    expected = whole.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.state_dict().items())
+
+
+def test_a_policy_with_weights_that_are_not_finite_is_no_result(model, tokenizer, tmp_path):
+    pairs = with_reference(tokenize_pairs(conversations(*PAIRS), tokenizer, 64, "pairs").rows)
+    args = DPOTrainingArguments(use_cpu=True, max_steps=1, learning_rate=float("inf"), save_strategy="no")
+    with pytest.raises(RunError, match=r"round 1: the weights are not finite after training"):
+        train_round(model, tokenizer, pairs, args, tmp_path, seed=0, name="round 1")
