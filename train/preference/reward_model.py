@@ -10,7 +10,7 @@ import modeling_upcycled_moe  # noqa: F401 (registers the classes, so that no re
 from ...common.settings import SettingsError
 from ...preference.scoring import check_gives_one_score
 from ...preference.template import set_chat_template, set_padding
-from ..model import chosen_implementations, load, load_config, load_tokenizer
+from ..model import check_sizes, chosen_implementations, load, load_config, load_tokenizer
 from .reward_arguments import RewardModelArguments
 
 
@@ -36,7 +36,7 @@ def load_reward_start(
         config.num_labels = 1
     tokenizer = load_tokenizer(model_args)
     set_chat_template(tokenizer, model_args.chat_template, name)
-    _check_sizes(config, tokenizer, max_length, name)
+    check_sizes(config, tokenizer, name, "max_length", max_length)
     verbosity = logging.get_verbosity()
     # The report of heads that come and go.
     logging.set_verbosity_error()
@@ -71,19 +71,6 @@ def _has_no_head(config: PreTrainedConfig, name: str) -> bool:
         return True
     check_gives_one_score(config, name)
     return False
-
-
-def _check_sizes(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, name: str) -> None:
-    if len(tokenizer) > config.vocab_size:
-        raise SettingsError(
-            f"The tokenizer has {len(tokenizer)} tokens, but {name} has vocab_size={config.vocab_size}; give the "
-            "model's own as tokenizer_name."
-        )
-    if max_length > config.max_position_embeddings:
-        raise SettingsError(
-            f"max_length={max_length} exceeds max_position_embeddings={config.max_position_embeddings} of {name}; "
-            "lower it."
-        )
 
 
 def score_in_float32(model: PreTrainedModel) -> None:
