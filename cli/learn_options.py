@@ -113,19 +113,20 @@ def learn_settings(options: argparse.Namespace, text: TextSettings, changed: lis
                 f"{' and '.join(_ONLY_FOR[flag])}; leave it out."
             )
     if unused := [name for name in changed if not _is_used(name, options)]:
-        only = " and --initial usage" * (unused[0] in _OF_PASS)
-        raise SettingsError(f"{_flag(unused[0])} has no meaning here, only with --loss lm{only}; leave it out.")
+        only = "--initial usage" if unused[0] in _OF_PASS else "--loss lm"
+        raise SettingsError(f"{_flag(unused[0])} has no meaning here, only with {only}; leave it out.")
     data = text if options.loss == "lm" else PairSettings(text.data, options.split, options.max_pairs)
     fit = FitSettings(options.loss, **{_FIT[flag]: value for flag, value in given.items() if flag in _FIT})
     if options.others:
         given.setdefault("per", _PER_OF_CHECKPOINTS)
-    return LearnSettings(data, fit, **{name: given[name] for name in _LEARN if name in given})
+    routing = {"routing_batch_size": text.batch_size, "routing_dtype": text.dtype}
+    return LearnSettings(data, fit, **routing, **{name: given[name] for name in _LEARN if name in given})
 
 
 def _is_used(name: str, options: argparse.Namespace) -> bool:
     """Return whether the flag `name` about text says something of what is learned from."""
     if name in _OF_PASS:
-        return options.loss == "lm" and options.initial == "usage"
+        return options.initial == "usage"
     return options.loss == "lm" or name == "split"
 
 

@@ -11,11 +11,12 @@ from ..common.text_settings import CALIBRATION_SPLIT
 from ..merging.settings import CHECKPOINT_METHODS, METHODS, MergeSettings
 from .derived_options import add_output_options, add_places, max_shard_bytes
 from .learn_options import add_learn_options, learn_settings
-from .text_options import DEFAULTS, PASS_MEMORY_ADVICE, add_pass_options, add_text_options, text_settings
+from .text_options import DEFAULTS, add_pass_options, add_text_options, text_settings
 
 
 MEMORY_ADVICE = (
-    f"{PASS_MEMORY_ADVICE}; to learn, lower --step-batch-size or --max-length, or give --gradient-checkpointing"
+    "for usage, lower --batch-size, or give --dtype bfloat16; to learn, lower --step-batch-size, or give "
+    "--gradient-checkpointing; and give shorter text or pairs"
 )
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ..common.derived_checkpoint import DerivedCheckpoint
     from ..merging.coefficients import MergeCoefficients
     from ..merging.merge import MergePlan
+    from ..merging.settings import MergeSettings
     from ..merging.whole import WholePlan
     from ..preference.fit_record import FitRecord
 
@@ -72,12 +73,17 @@ def _expert_table(plan: "MergePlan") -> "Table":
     shared = plan.coefficients.shared
     num_experts = plan.derived.source.config.num_experts
     columns = ["Least", "Most", f"Entropy (at most {math.log(num_experts):.3f})"] + ["Shared expert"] * bool(shared)
-    table = results_table(f"Coefficients: {plan.settings.method}", "Layer", *columns, numbers=columns)
+    table = results_table(_title(plan.settings, plan.chosen.fit), "Layer", *columns, numbers=columns)
     for layer_idx, name, values in _rows(plan.coefficients):
         entropy = math.fsum(value * math.log(1 / value) for value in values if value > 0)
         figures = [min(values), max(values), entropy] + ([shared[layer_idx]] if shared else [])
         table.add_row(name, *(f"{figure:.3f}" for figure in figures))
     return table
+
+
+def _title(settings: "MergeSettings", fit: "FitRecord | None") -> str:
+    is_start = settings.method == "learned" and fit is None
+    return f"Coefficients: {'where learning would start' if is_start else settings.method}"
 
 
 def _rows(coefficients: "MergeCoefficients") -> Iterator[tuple[int, str, tuple[float, ...]]]:
@@ -94,7 +100,7 @@ def _checkpoint_table(plan: "WholePlan") -> "Table":
     from .console import results_table
 
     columns = [source.name for source in plan.series.sources]
-    table = results_table(f"Coefficients: {plan.settings.method}", "Weights", *columns, numbers=columns)
+    table = results_table(_title(plan.settings, plan.fit), "Weights", *columns, numbers=columns)
     for name, values in plan.coefficients.items():
         table.add_row(name, *(f"{value:.3f}" for value in values))
     return table

@@ -13,7 +13,6 @@ from ..common.learned_merge.merge import BlendGroup, LearnedMerge
 from ..common.moe_source import MoeSource
 from ..common.progress import Progress
 from ..common.settings import SettingsError
-from ..common.text_settings import TextSettings
 from ..preference.fitting import FitRecord, fit_coefficients
 from .coefficients import MergeCoefficients, average_coefficients
 from .config import dense_config
@@ -55,8 +54,8 @@ def initial_coefficients(
     """
     initial = average_coefficients(layout)
     if settings.initial == "usage":
-        of_pass = settings.data if isinstance(settings.data, TextSettings) else TextSettings
-        initial = coefficients_by_usage(source, layout, lesson.blocks, of_pass.batch_size, of_pass.dtype, progress)
+        batch_size, dtype = settings.routing_batch_size, settings.routing_dtype
+        initial = coefficients_by_usage(source, layout, lesson.blocks, batch_size, dtype, progress)
         free_memory()
     if not layout.has_shared_expert:
         return initial

@@ -47,6 +47,7 @@ class MergePlan:
         return {
             "source": self._source(),
             **self._settled(),
+            "coefficients_are_initial": self.settings.method == "learned" and self.chosen.fit is None,
             "architecture": derived.config.architectures[0],
             "num_bytes": derived.num_bytes,
             "shards": [{"file": shard.file_name, "num_bytes": shard.num_bytes} for shard in derived.shards],

@@ -36,6 +36,8 @@ class LearnSettings:
         per: `layer`, one set of coefficients for the weights of a layer; `matrix`, one for each matrix of experts;
             `model`, one for all weights of whole checkpoints.
         initial: `uniform`, all experts alike at first; `usage`, by what the routers weight them with on `data`.
+        routing_batch_size, routing_dtype: how the model runs over the data for `usage`: blocks or conversations at a
+            time, and the type that it computes in.
         shared_expert_weight: λ of all layers; by default `SHARED_EXPERT_WEIGHT` if there is a shared expert.
         reference: dense language model of the loss `dpo`, a folder or Hub id; by default the merge as it is at first.
 
@@ -47,6 +49,8 @@ class LearnSettings:
     fit: FitSettings
     per: str = "layer"
     initial: str = "uniform"
+    routing_batch_size: int = TextSettings.batch_size
+    routing_dtype: str = TextSettings.dtype
     shared_expert_weight: float | None = None
     reference: str | None = None
 

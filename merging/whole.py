@@ -21,6 +21,7 @@ from ..common.learned_merge.coefficients import SoftmaxCoefficients
 from ..common.progress import Progress
 from ..common.settings import SettingsError, check_keys
 from ..model_cards.card import write_card
+from ..model_cards.terms import read_terms
 from .coefficients import COEFFICIENTS_FORMAT, GROUP_KEYS, read_object
 from .learned_files import LEARNED_COEFFICIENTS, learning_facts, write_fit
 from .saved import check_saved, files_read
@@ -60,6 +61,7 @@ class WholePlan:
             **self.facts(),
             "total_parameters": derived.total_parameters,
             "coefficients": _to_dict(self.coefficients),
+            "coefficients_are_initial": self.settings.method == "learned" and self.fit is None,
             "architecture": derived.config.architectures[0],
             "num_bytes": derived.num_bytes,
             "shards": [{"file": shard.file_name, "num_bytes": shard.num_bytes} for shard in derived.shards],
@@ -91,6 +93,7 @@ def plan_whole(
             f"--method {settings.method} merges experts by their routers; choose one of "
             f"{', '.join(CHECKPOINT_METHODS)} for whole checkpoints."
         )
+    _check_apart(series)
     if settings.learn is not None:
         _check_learning(series, settings.learn)
     if save_coefficients is not None:
@@ -109,7 +112,8 @@ def plan_whole(
     try:
         derived = series.derived(coefficients, max_shard_bytes)
     except SettingsError as error:
-        raise SettingsError(f"{settings.coefficients}: {error}") from None
+        where = f"{settings.coefficients}: " if settings.method == "coefficients" else ""
+        raise SettingsError(f"{where}{error}") from None
     return WholePlan(settings, series, coefficients, fit, derived, max_shard_bytes)
 
 
@@ -146,8 +150,18 @@ def merge_whole(
             overwrite=overwrite,
             progress=progress,
             finish=finish,
+            source_terms=[read_terms(source.folder) for source in plan.series.sources],
             **plan.facts(),
         )
+
+
+def _check_apart(series: CheckpointSeries) -> None:
+    names: dict[Path, str] = {}
+    for source in series.sources:
+        folder = source.folder.resolve()
+        if folder in names:
+            raise SettingsError(f"{source.name}: is the same checkpoint as {names[folder]}; give each one once.")
+        names[folder] = source.name
 
 
 def _check_learning(series: CheckpointSeries, settings: LearnSettings) -> None:
@@ -204,8 +218,7 @@ def _load(path: Path) -> GroupCoefficients:
     check_keys(raw, GROUP_KEYS, str(path))
     groups = raw.get("groups")
     is_lists = isinstance(groups, dict) and all(
-        isinstance(values, list) and all(isinstance(value, int | float) for value in values)
-        for values in groups.values()
+        isinstance(values, list) and all(type(value) in (int, float) for value in values) for values in groups.values()
     )
     if not is_lists:
         raise SettingsError(f"{path}: groups: expected lists of numbers by the names of groups; see docs/merge.md.")

@@ -31,7 +31,16 @@ _PROVENANCE = {
     "recipe?": {"experts": str, "backbone": str, "num_experts": int, "num_experts_per_tok": int},
     "description?": _DESCRIPTION,
     "routers?": [_FRESH_ROUTER],
-    "steps?": [{"command": str, "source?": _SOURCE, "terms?": dict, "notes?": [str]}],
+    "steps?": [
+        {
+            "command": str,
+            "source?": _SOURCE,
+            "other_sources?": [_SOURCE],
+            "terms?": dict,
+            "source_terms?": [dict],
+            "notes?": [str],
+        }
+    ],
 }
 _TRAIN = {
     "steps": int,

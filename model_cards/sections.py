@@ -15,7 +15,7 @@ from .metadata import title
 from .papers import citation, paper_url, papers_of
 from .state import state
 from .steps import described_steps, evaluated_at, joined, listed, num_active_experts
-from .terms import first_parents, licence, unknown_languages
+from .terms import first_parents, licence, merged_parents, unknown_languages
 
 
 def sections(checkpoint: Checkpoint, extras: CardExtras, data: ModelCardData) -> dict[str, Any]:
@@ -39,12 +39,18 @@ def sections(checkpoint: Checkpoint, extras: CardExtras, data: ModelCardData) ->
 
 
 def _introduction(checkpoint: Checkpoint) -> str:
-    """Return what the model is, in a sentence or two."""
+    """Return what the model is, in a few sentences."""
+    merged = merged_parents(checkpoint)
+    return _origin(checkpoint) + f"\nIt is a merge of {joined(merged)}." * bool(merged)
+
+
+def _origin(checkpoint: Checkpoint) -> str:
     lines = [_kind(checkpoint)]
     parents, description = checkpoint.parents, checkpoint.description
     dense_models = "dense model" + "s" * (len(parents) > 1)
     if not parents:
-        trained = f", trained from {joined(first_parents(checkpoint))}" if first_parents(checkpoint) else ""
+        is_trained_only = first_parents(checkpoint) and not merged_parents(checkpoint)
+        trained = f", trained from {joined(first_parents(checkpoint))}" if is_trained_only else ""
         return f"{lines[0].rstrip(',')}{trained}."
     if checkpoint.is_from_scratch:
         lines.append(f"drawn at random in the shape of the dense model {joined(parents)}.")

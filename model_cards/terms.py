@@ -41,7 +41,8 @@ def terms_for_metadata(checkpoint: Checkpoint, extras: CardExtras) -> dict[str, 
 
 def inherited_terms(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what the nearest card declared; of several dense models, what all agree on."""
-    declared = [step["terms"] for step in checkpoint.steps if step.get("terms")][-1:]
+    steps = [step for step in checkpoint.steps if step.get("terms") or step.get("source_terms")]
+    declared = steps[-1].get("source_terms") or [steps[-1]["terms"]] if steps else []
     if not declared and not checkpoint.is_from_scratch:
         declared = [parent.terms for parent in checkpoint.parents]
     if not declared:
@@ -76,8 +77,20 @@ def base_models(parents: Sequence[Parent]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def merged_parents(checkpoint: Checkpoint) -> list[Parent]:
+    """Return the whole checkpoints that it, or what it was made of, is the last merge of."""
+    steps = [step for step in checkpoint.steps if step.get("other_sources")]
+    if not steps:
+        return []
+    sources = [steps[-1]["source"], *steps[-1]["other_sources"]]
+    terms = steps[-1].get("source_terms") or [{}] * len(sources)
+    return [parent_of(source, declared) for source, declared in zip(sources, terms, strict=False)]
+
+
 def first_parents(checkpoint: Checkpoint) -> list[Parent]:
-    """Return the dense models that it began with: those of the conversion, or what a dense model was trained from."""
+    """Return the models that it began with: merged ones, those of the conversion, or what it was trained from."""
+    if merged := merged_parents(checkpoint):
+        return merged
     if checkpoint.parents or not checkpoint.steps or not checkpoint.steps[0].get("source"):
         return checkpoint.parents
     step = checkpoint.steps[0]

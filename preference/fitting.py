@@ -88,7 +88,7 @@ def fit_coefficients(
             f"No coefficient moved by {LEAST_MOVE:.0%} of itself (at most {record.largest_relative_move:.2%}): the "
             "merge is about what it began as; raise the learning rate or the number of steps."
         )
-    if after["loss"] >= before["loss"]:
+    elif after["loss"] >= before["loss"]:
         progress.warn(
             f"On what was held out the loss did not fall ({before['loss']:.4f} before, {after['loss']:.4f} after): "
             "the merge is no better than what it began as; give more data, or lower the learning rate."

@@ -129,7 +129,7 @@ def _learned(loss, *options):
         (_learned("dpo", "--block-size", "8"), "--block-size has no meaning here, only with --loss lm; leave it out."),
         (
             _learned("lm", "--dtype", "float32"),
-            "--dtype has no meaning here, only with --loss lm and --initial usage;",
+            "--dtype has no meaning here, only with --initial usage;",
         ),
         (
             _learned("lm", "--reference", "x"),
@@ -142,15 +142,15 @@ def _learned(loss, *options):
         (_learned("dpo", "--reference", "texts"), "texts: there is no config.json"),
         (_learned("dpo"), "moe: its tokenizer has no chat template to read conversations with"),
         (_learned("lm", "--shared-expert-weight", "1"), "shared_expert_weight=1.0 is outside [0, 1)"),
-        (["--with", "moe", "--method", "usage", "--data", "texts"], "--method usage merges experts by their routers;"),
-        (["--with", "moe", "--revision", "main"], "--revision has no meaning with --with; give a folder"),
-        (["--with", "moe", *_learned("lm", "--per", "matrix")], "per='matrix': choose one of model, layer for whole"),
-        (["--with", "moe", *_learned("lm", "--initial", "usage")], "initial='usage' is about experts;"),
+        (["--with", "twin", "--method", "usage", "--data", "texts"], "--method usage merges experts by their"),
+        (["--with", "twin", "--revision", "main"], "--revision has no meaning with --with; give a folder"),
+        (["--with", "twin", *_learned("lm", "--per", "matrix")], "per='matrix': choose one of model, layer for whole"),
+        (["--with", "twin", *_learned("lm", "--initial", "usage")], "initial='usage' is about experts;"),
         (
-            ["--with", "moe", "--method", "coefficients", "--coefficients", "two.json"],
+            ["--with", "twin", "--method", "coefficients", "--coefficients", "two.json"],
             "two.json: coefficients of model:",
         ),
-        (["--with", "moe", "--method", "coefficients", "--coefficients", "a.json"], "a.json: format is None; this"),
+        (["--with", "twin", "--method", "coefficients", "--coefficients", "a.json"], "a.json: format is None; this"),
         (["--with", "texts"], "texts: there is no config.json"),
         (["--max-shard-size", "5XB"], "max_shard_size='5XB' is not a size"),
         (["--method", "usage", "--data", "no.txt"], "no.txt"),
@@ -159,6 +159,9 @@ def _learned(loss, *options):
 def test_wrong_usage_is_one_line_and_writes_nothing(upcycled_moe, moe, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "moe").symlink_to(moe)
+    (tmp_path / "twin").mkdir()
+    for path in moe.iterdir():
+        (tmp_path / "twin" / path.name).symlink_to(path)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "mine.json").write_text('{"format": 1, "layers": {}, "more": 1}')
@@ -257,6 +260,9 @@ def test_a_dry_run_checks_what_is_learned_from_and_learns_nothing(upcycled_moe, 
     assert printed["coefficients"]["layers"]["0"] == [0.25] * 4
     assert printed["coefficients"]["shared"] == dict.fromkeys("012", 0.75)
     assert "fit" not in printed
+    assert printed["coefficients_are_initial"] is True
+    shown = upcycled_moe("merge", moe, tmp_path / "out", *lesson, "--dry-run")[1]
+    assert _lines(shown)[0] == "Coefficients: where learning would start"
     assert list(tmp_path.iterdir()) == []
     missing = [str(value).replace("sample.txt", "missing.txt") for value in lesson]
     assert upcycled_moe("merge", moe, tmp_path / "out", *missing, "--dry-run")[0] == 2
@@ -294,6 +300,13 @@ def test_whole_checkpoints_become_their_mean(upcycled_moe, dense, others, tmp_pa
     assert [source["name"] for source in step["other_sources"]] == [str(folder) for folder in others]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "**merge** with `first`, `second`, by `average`: each weight is the mean of theirs." in card
+    linked = ", ".join(f"`{folder.name}`" for folder in (dense, *others))
+    assert f"A dense language model.\nIt is a merge of {linked}." in card
+    assert "trained from" not in card
+    assert f"The terms of each of {linked} apply" in card
+    status, _, err = upcycled_moe("merge", dense, tmp_path / "twice", "--with", dense)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "is the same checkpoint as" in err
 
 
 def test_what_whole_checkpoints_count_is_learned_saved_and_given_again(upcycled_moe, dense, others, lesson, tmp_path):

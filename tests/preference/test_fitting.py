@@ -439,10 +439,9 @@ def test_a_reward_model_is_fit_on_the_token_that_it_pads_with(sources, tokenizer
     model, merge = sources("bradley_terry").merge()
     pairs = Dataset.from_list(_conversations(10))
     # A token that stands in every conversation, and at the end of none.
-    model.config.pad_token_id = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    assert model.config.pad_token_id is not None
+    model.config.pad_token_id = pad_id = _ids(tokenizer, pairs[0]["prompt"] + pairs[0]["chosen"])[0, 0].item()
     fit_coefficients(merge, model, tokenizer, pairs, _settings("bradley_terry", max_steps=1))
-    assert tokenizer.pad_token == "<|im_start|>" == tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
+    assert tokenizer.pad_token_id == model.config.pad_token_id == pad_id != byte_level_tokenizer().pad_token_id
     ending = _ids(tokenizer, pairs[0]["prompt"] + pairs[0]["chosen"])[0, -1].item()
     for pad_id, problem in ((None, "no token of its tokenizer"), (ending, "which conversations end with")):
         model.config.pad_token_id = pad_id
