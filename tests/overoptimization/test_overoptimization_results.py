@@ -145,7 +145,8 @@ def test_a_comparison_of_single_models_says_that_it_is_of_them(world):
 
 
 def test_a_model_more_changes_no_other_comparison(world):
-    alone, together = measured(world, "hacked", "sound"), measured(world, "hacked", "noise", "sound")
+    alone = measured(world, "hacked", "sound")
+    together = measured(world | {"other": world["sound"][::-1]}, "hacked", "other", "sound")
     assert alone.comparisons["sound"] == together.comparisons["sound"]
 
 
