@@ -230,7 +230,6 @@ BAD = {
         {"dataloader_drop_last": True, "per_device_train_batch_size": 32},
         "16 pairs make no batch of per_device_train_batch_size=32 on each of 1 processes",
     ),
-    "device": ({"use_cpu": False, "bf16": True}, "give use_cpu=true bf16=false to train on a CPU"),
     "loss": ({"router_aux_loss_coef": 0.1}, "is a qwen2 model without it"),
 }
 
@@ -246,6 +245,16 @@ def test_wrong_settings_end_with_2_and_one_line(kind, inputs, tmp_path, capsys):
     assert last.startswith("reward.py: ")
     assert said in last
     assert not (tmp_path / "out").exists()
+
+
+def test_the_shipped_settings_say_what_to_give_on_a_cpu(inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("upcycled_moe.train.preference.reward_training_arguments.has_bfloat16", lambda: False)
+    config = ROOT / "train" / "configs" / "reward.yaml"
+    given = [f"{name}={inputs[name]}" for name in ("model_name_or_path", "chat_template")]
+    given += [f"train_data={inputs['train_data'][0]}", f"output_dir={tmp_path / 'out'}"]
+
+    assert main(["--config", str(config), *given]) == 2
+    assert "give use_cpu=true bf16=false to train on a CPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["file", "earlier run"])

@@ -51,7 +51,7 @@ class RewardTrainingArguments(RewardRecipeArguments, RewardConfig):
             )
 
     def _check_device(self) -> None:
-        if self.bf16 and not self.use_cpu and not (is_torch_bf16_gpu_available() or is_torch_xla_available()):
+        if self.bf16 and not self.use_cpu and not has_bfloat16():
             raise SettingsError(
                 "bf16=true, but no accelerator that computes in it is there; give use_cpu=true bf16=false to train on "
                 "a CPU."
@@ -84,3 +84,8 @@ class RewardTrainingArguments(RewardRecipeArguments, RewardConfig):
                 "processes; leave it out, lower the batch size, or give more pairs."
             )
         return math.ceil(num_batches / self.gradient_accumulation_steps)
+
+
+def has_bfloat16() -> bool:
+    """Return whether there is an accelerator that computes in bfloat16."""
+    return is_torch_bf16_gpu_available() or is_torch_xla_available()
