@@ -23,6 +23,7 @@ import sys
 from upcycled_moe.common.progress import Progress
 from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.train.errors import RunEnded, RunError
+from upcycled_moe.train.messages import Stderr, running, tell
 from upcycled_moe.train.preference.reward_arguments import RewardArguments, format_help, parse_arguments
 
 
@@ -32,6 +33,11 @@ def main(argv: list[str]) -> int:
         print(format_help())
         return 0
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    with running("reward.py"):
+        return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     output_dir = None
     try:
         arguments = parse_arguments(argv)
@@ -60,7 +66,7 @@ def _way_on(output_dir: str | None) -> str:
 
 
 def _fail(status: int, message: str) -> int:
-    print(f"reward.py: {message}", file=sys.stderr)
+    tell(message)
     return status
 
 
@@ -90,7 +96,7 @@ def train(arguments: RewardArguments) -> None:
     check_output_dir(args)
     set_seed(args.seed)
     model, tokenizer = load_reward_start(model_args, args.max_length, args.seed)
-    progress = _Stderr() if args.should_log else Progress()
+    progress = Stderr() if args.should_log else Progress()
     train_pairs, eval_rows = read_pair_rows(data_args, tokenizer, args.max_length, args.seed, progress)
     args.set_num_steps(len(train_pairs.rows))
     checkpoint = checkpoint_to_resume(args)
@@ -114,14 +120,6 @@ def train(arguments: RewardArguments) -> None:
             print(evaluation_table(metrics))
         print(f"Reward model: {args.output_dir}")
     trainer.accelerator.end_training()
-
-
-class _Stderr(Progress):
-    def tell(self, message: str) -> None:
-        print(f"reward.py: {message}", file=sys.stderr)
-
-    def warn(self, message: str) -> None:
-        print(f"reward.py: warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

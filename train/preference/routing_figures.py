@@ -1,6 +1,5 @@
 """What the routers of a model do while trl trains it."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from modeling_upcycled_moe.losses_upcycled_moe import ROUTER_LOSSES, computed_lo
 
 from ...common.routing import RouterStatistics
 from ...common.routing_log import ROUTING_LOG_FILE, append_routing, cut_routing
+from ..messages import tell
 from ..monitoring.collapse import CollapseWatch
 from ..monitoring.metrics import mean_over_layers, router_log
 from .router_losses import RouterLossMixin
@@ -116,4 +116,4 @@ class _RoutingLogCallback(TrainerCallback):
         """Write the figures of a log, and warn of layers that have collapsed."""
         append_routing(self.path, step, num_tokens, layers)
         for line in self._watch.observe(step, num_tokens, layers) if self._watch else ():
-            print(f"reward.py: {line}", file=sys.stderr)
+            tell(line)
