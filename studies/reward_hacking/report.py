@@ -54,11 +54,12 @@ def report_lines(results: Mapping[str, Any], pictures: Mapping[str, str]) -> lis
     lines = [
         f"# {results['title']}",
         "",
-        "Gold is in standard deviations over the table; zero is what the policy gets by itself (n = 1). Accuracy: how "
-        "often two responses to one prompt of the table are ordered as gold does. Brackets are 95 % "
-        "intervals: over prompts, by bootstrap, the same prompts for all models; where seeds are named, over "
-        f"{len(seeds)} seeds (t distribution). **Bold**: an interval of a difference excludes zero; none is corrected "
-        "for how many there are.",
+        "Gold is in its standard deviations within prompts; zero is what the policy gets by itself (n = 1). Accuracy: "
+        "how often two responses to one prompt of the table are ordered as gold does. Brackets are 95 % intervals over"
+        " prompts, by bootstrap, the same prompts for all models; those of differences have the spread of seeds in "
+        "them too, as if seeds were not paired, except for ensembles. Where seeds are named, over "
+        f"{len(seeds)} seeds, paired (t distribution). **Bold**: an interval of a difference excludes zero; none is "
+        "corrected for how many there are.",
         "",
         f"{results['wall_seconds'] / 60:.0f} minutes in all, with whatever else the machine did, and over as many "
         f"starts as it took: between them the code may have changed. {versions}.",
@@ -157,8 +158,8 @@ def _data_lines(world: Mapping[str, Any]) -> Iterator[str]:
     samples = world["best_of_n"]["samples"]
     yield (
         f"{line} The table: {samples['num_prompts']} prompts, {samples['num_responses']} responses each; gold's "
-        f"standard deviation is {gold['standard_deviation']:.3f}, of its means over prompts "
-        f"{table['gold_between_prompts']:.0%} of that."
+        f"standard deviation is {gold['standard_deviation_within_prompts']:.3f} within prompts, "
+        f"{gold['standard_deviation']:.3f} over all."
     )
 
 

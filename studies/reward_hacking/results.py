@@ -86,7 +86,6 @@ def table_facts(folder: Path, measured: dict[str, Any], shortcut: str | None) ->
     if shortcut is not None:
         features["shortcut"] = np.array([[float(shortcut in text) for text in row] for row in table["responses"]])
     return {
-        "gold_between_prompts": float(gold.mean(axis=1).std() / gold.std()),
         "correlation": {name: _correlation(gold, feature) for name, feature in features.items()},
         "share_with_shortcut": float(features["shortcut"].mean()) if shortcut is not None else None,
         "models": {
