@@ -20,10 +20,9 @@ import json
 import os
 import sys
 
-from upcycled_moe.common.settings import SettingsError
-from upcycled_moe.train.errors import RunEnded, RunError
-from upcycled_moe.train.messages import Stderr, running, tell
+from upcycled_moe.train.messages import Stderr
 from upcycled_moe.train.preference.dpo_arguments import IterativeDPOArguments, format_help, parse_arguments
+from upcycled_moe.train.script import exit_status
 
 
 def main(argv: list[str]) -> int:
@@ -32,28 +31,7 @@ def main(argv: list[str]) -> int:
         print(format_help())
         return 0
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    with running("iterative_dpo.py"):
-        return _run(argv)
-
-
-def _run(argv: list[str]) -> int:
-    try:
-        train(parse_arguments(argv))
-    except SettingsError as error:
-        return _fail(2, str(error))
-    # A full disk, a file that went away. Other exceptions are bugs, whose traceback is worth seeing.
-    except (RunError, OSError) as error:
-        return _fail(1, str(error))
-    except RunEnded as end:
-        return _fail(end.status, str(end))
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted; the same command goes on.")
-    return 0
-
-
-def _fail(status: int, message: str) -> int:
-    tell(message)
-    return status
+    return exit_status("iterative_dpo.py", lambda: train(parse_arguments(argv)), lambda: "the same command goes on.")
 
 
 def train(arguments: IterativeDPOArguments) -> None:

@@ -21,10 +21,9 @@ import os
 import sys
 
 from upcycled_moe.common.progress import Progress
-from upcycled_moe.common.settings import SettingsError
-from upcycled_moe.train.errors import RunEnded, RunError
-from upcycled_moe.train.messages import Stderr, running, tell
+from upcycled_moe.train.messages import Stderr
 from upcycled_moe.train.preference.reward_arguments import RewardArguments, format_help, parse_arguments
+from upcycled_moe.train.script import exit_status
 
 
 def main(argv: list[str]) -> int:
@@ -33,26 +32,15 @@ def main(argv: list[str]) -> int:
         print(format_help())
         return 0
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    with running("reward.py"):
-        return _run(argv)
-
-
-def _run(argv: list[str]) -> int:
     output_dir = None
-    try:
+
+    def run() -> None:
+        nonlocal output_dir
         arguments = parse_arguments(argv)
         output_dir = arguments.training.output_dir
         train(arguments)
-    except SettingsError as error:
-        return _fail(2, str(error))
-    # A full disk, a file that went away. Other exceptions are bugs, whose traceback is worth seeing.
-    except (RunError, OSError) as error:
-        return _fail(1, str(error))
-    except RunEnded as end:
-        return _fail(end.status, str(end))
-    except KeyboardInterrupt:
-        return _fail(130, f"interrupted; {_way_on(output_dir)}")
-    return 0
+
+    return exit_status("reward.py", run, lambda: _way_on(output_dir))
 
 
 def _way_on(output_dir: str | None) -> str:
@@ -63,11 +51,6 @@ def _way_on(output_dir: str | None) -> str:
         if any(fault_of(folder) is None for folder in checkpoint_folders(output_dir)):
             return "continue from the newest checkpoint with resume_from_checkpoint=last."
     return "there is no checkpoint yet: start again with the same command."
-
-
-def _fail(status: int, message: str) -> int:
-    tell(message)
-    return status
 
 
 def train(arguments: RewardArguments) -> None:

@@ -23,9 +23,9 @@ import atexit
 import os
 import sys
 
-from upcycled_moe.common.settings import SettingsError
 from upcycled_moe.train.arguments import Arguments, format_help, parse_arguments
-from upcycled_moe.train.errors import RunEnded, RunError
+from upcycled_moe.train.errors import RunEnded
+from upcycled_moe.train.script import exit_status
 
 
 def main(argv: list[str]) -> int:
@@ -33,24 +33,11 @@ def main(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(format_help())
         return 0
-    try:
-        train(parse_arguments(argv))
-    except SettingsError as error:
-        return _fail(2, str(error))
-    # A full disk, a file that went away. Other exceptions are bugs, whose traceback is worth seeing.
-    except (RunError, OSError) as error:
-        return _fail(1, str(error))
-    except RunEnded as end:
-        return _fail(end.status, str(end))
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted; continue from the newest checkpoint with resume_from_checkpoint=last.")
-    return 0
-
-
-def _fail(status: int, message: str) -> int:
-    # Of several processes each one tells: the first to end has the launcher stop the others.
-    print(f"train.py: {message}", file=sys.stderr)
-    return status
+    return exit_status(
+        "train.py",
+        lambda: train(parse_arguments(argv)),
+        lambda: "continue from the newest checkpoint with resume_from_checkpoint=last.",
+    )
 
 
 def train(arguments: Arguments) -> None:

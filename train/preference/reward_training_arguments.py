@@ -8,30 +8,23 @@ from trl import RewardConfig
 
 from ...common.settings import SettingsError
 from .reward_arguments import RewardRecipeArguments
+from .whole_models import WholeModelMixin
 
 
 SAMPLING_STRATEGIES = ("random", "sequential")
 
 
 @dataclass
-class RewardTrainingArguments(RewardRecipeArguments, RewardConfig):
+class RewardTrainingArguments(WholeModelMixin, RewardRecipeArguments, RewardConfig):
     """[`trl.RewardConfig`]; the fields of [`RewardRecipeArguments`] are new or have another default.
 
     Raises:
         SettingsError: for what a run cannot do.
     """
 
-    # Whole copies of the model only.
-    tensor_parallel_size = 1
-    expert_parallel_size = 1
-
     def __post_init__(self):
         self.eval_strategy = self.eval_strategy or "no"
-        self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
-        if hasattr(self, "activation_checkpointing"):
-            # The names that newer Transformers reads.
-            self.activation_checkpointing = self.gradient_checkpointing
-            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        self.settle_gradient_checkpointing()
         self._check_device()
         super().__post_init__()
         if self.train_sampling_strategy not in SAMPLING_STRATEGIES:
@@ -39,16 +32,7 @@ class RewardTrainingArguments(RewardRecipeArguments, RewardConfig):
                 f"train_sampling_strategy={self.train_sampling_strategy}: choose one of "
                 f"{', '.join(SAMPLING_STRATEGIES)}; a pair has two lengths."
             )
-        if self.gradient_checkpointing_kwargs["use_reentrant"]:
-            raise SettingsError(
-                "gradient_checkpointing_kwargs: use_reentrant=true would cut router losses off from what is before "
-                "the routers; leave it out."
-            )
-        if self.deepspeed or self.fsdp or self.distributed_state.distributed_type in ("FSDP", "DEEPSPEED"):
-            raise SettingsError(
-                "Training a reward model needs a whole model on each device: several processes with DDP, no FSDP or "
-                "DeepSpeed."
-            )
+        self.check_whole("Training a reward model")
 
     def _check_device(self) -> None:
         if self.bf16 and not self.use_cpu and not has_bfloat16():
