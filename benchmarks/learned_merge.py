@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("."), help="where to write the experts; needs 1 GB")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--num-tokens", type=int, default=512, help="of a step")
+    parser.add_argument("--num-tokens", type=int, default=256, help="of a step")
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     folder = options.folder / "learned_merge_benchmark"

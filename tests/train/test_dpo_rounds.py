@@ -16,7 +16,7 @@ from upcycled_moe.train.preference import references, round_figures
 from upcycled_moe.train.preference.dpo_sampling import Sampling, ending_tokens, sample_answers
 from upcycled_moe.train.preference.dpo_trainer import RoundTrainer, train_round
 from upcycled_moe.train.preference.dpo_training_arguments import DPOTrainingArguments
-from upcycled_moe.train.preference.log_probabilities import Answer, AnswerScorer, tokenize_pairs
+from upcycled_moe.train.preference.log_probabilities import Answer, AnswerScorer, tokenize_answers
 from upcycled_moe.train.preference.round_pairs import best_and_worst, read_rows, write_rows
 
 
@@ -62,7 +62,7 @@ def naive_log_prob(model, prompt: list[int], answer: list[int]) -> float:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_log_probabilities_are_those_of_each_answer_alone(model, tokenizer, batch_size):
-    pairs = tokenize_pairs(conversations(*PAIRS), tokenizer, 64, "pairs")
+    pairs = tokenize_answers(conversations(*PAIRS), tokenizer, 64, "pairs")
     answers = pairs.answers("chosen_ids") + pairs.answers("rejected_ids")
     scores = AnswerScorer(tokenizer.pad_token_id, batch_size)(model, answers)
     assert scores == pytest.approx([naive_log_prob(model, *answer) for answer in answers], abs=1e-4)
@@ -72,23 +72,23 @@ def test_pairs_become_the_tokens_that_trl_makes_of_them(model, tokenizer, tmp_pa
     pairs = conversations(*PAIRS)
     args = DPOConfig(str(tmp_path), use_cpu=True, bf16=False, precompute_ref_log_probs=True, report_to="none")
     theirs = DPOTrainer(model, args=args, train_dataset=pairs, processing_class=tokenizer).train_dataset
-    ours = tokenize_pairs(pairs, tokenizer, 64, "pairs").rows
+    ours = tokenize_answers(pairs, tokenizer, 64, "pairs").rows
     for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
         assert ours[column][:] == theirs[column][:]
 
 
 def test_long_answers_are_cut_and_long_prompts_left_out(tokenizer):
     pairs = conversations(*PAIRS, ("the " * 40, "of", "and"))
-    whole = tokenize_pairs(pairs, tokenizer, 10_000, "pairs")
+    whole = tokenize_answers(pairs, tokenizer, 10_000, "pairs")
     lengths = [len(prompt) + len(answer) for prompt, answer in whole.answers("rejected_ids")]
     limit = max(lengths[:3]) - 1
-    cut = tokenize_pairs(pairs, tokenizer, limit, "pairs")
+    cut = tokenize_answers(pairs, tokenizer, limit, "pairs")
     assert (len(whole.rows), whole.num_dropped, whole.num_cut) == (4, 0, 0)
     assert (len(cut.rows), cut.num_dropped) == (3, 1)
     assert cut.num_cut >= 1
     assert max(len(prompt) + len(answer) for prompt, answer in cut.answers("rejected_ids")) == limit
     with pytest.raises(SettingsError, match=r"pairs: every prompt is 2 tokens long or longer"):
-        tokenize_pairs(pairs, tokenizer, 2, "pairs")
+        tokenize_answers(pairs, tokenizer, 2, "pairs")
 
 
 def test_an_average_of_references_moves_as_it_is_defined():
@@ -215,7 +215,7 @@ def test_the_loss_has_the_routers_of_the_model(make_moe, tokenizer, tmp_path):
         router_aux_loss_coef=0.5,
         router_z_loss_coef=0.1,
     )
-    pairs = tokenize_pairs(conversations(*PAIRS), tokenizer, 64, "pairs").rows
+    pairs = tokenize_answers(conversations(*PAIRS), tokenizer, 64, "pairs").rows
     for column, values in (("ref_chosen_logps", [-20.0, -30.0, -9.0]), ("ref_rejected_logps", [-8.0, -20.0, -30.0])):
         pairs = pairs.add_column(column, values)
     args = DPOTrainingArguments(output_dir=str(tmp_path), use_cpu=True, beta=0.3)
@@ -249,7 +249,7 @@ def router_biases(model) -> list[torch.Tensor]:
 def test_biases_of_routers_follow_the_loads_of_a_step_and_a_resumed_round_goes_on_with_them(
     make_moe, tokenizer, tmp_path, monkeypatch
 ):
-    pairs = with_reference(tokenize_pairs(conversations(*PAIRS), tokenizer, 64, "pairs").rows)
+    pairs = with_reference(tokenize_answers(conversations(*PAIRS), tokenizer, 64, "pairs").rows)
     args = DPOTrainingArguments(
         use_cpu=True, max_steps=2, per_device_train_batch_size=3, save_steps=1, logging_steps=1, learning_rate=1e-3
     )
@@ -296,7 +296,7 @@ def test_biases_of_routers_follow_the_loads_of_a_step_and_a_resumed_round_goes_o
 
 
 def test_a_policy_with_weights_that_are_not_finite_is_no_result(model, tokenizer, tmp_path):
-    pairs = with_reference(tokenize_pairs(conversations(*PAIRS), tokenizer, 64, "pairs").rows)
+    pairs = with_reference(tokenize_answers(conversations(*PAIRS), tokenizer, 64, "pairs").rows)
     args = DPOTrainingArguments(use_cpu=True, max_steps=1, learning_rate=float("inf"), save_strategy="no")
     with pytest.raises(RunError, match=r"round 1: the weights are not finite after training"):
         train_round(model, tokenizer, pairs, args, tmp_path, seed=0, name="round 1")

@@ -21,7 +21,7 @@ from upcycled_moe.train.preference.dpo_arguments import (
     parse_arguments,
     resolved_settings,
 )
-from upcycled_moe.train.preference.log_probabilities import Answer, AnswerScorer, tokenize_pairs
+from upcycled_moe.train.preference.log_probabilities import Answer, AnswerScorer, tokenize_answers
 from upcycled_moe.train.preference.round_pairs import PairSets
 
 
@@ -177,7 +177,7 @@ def test_a_template_that_refuses_a_conversation_is_an_error_of_settings():
     tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('only questions') }}"
     with pytest.raises(SettingsError, match=r"refuses a conversation of user \(only questions\)"):
-        tokenize_pairs(pairs_of("1"), tokenizer, 48, "pairs")
+        tokenize_answers(pairs_of("1"), tokenizer, 48, "pairs")
 
 
 def test_a_model_that_is_ruined_ends_the_run(make_dense):

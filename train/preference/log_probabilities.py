@@ -28,7 +28,7 @@ class Answer(NamedTuple):
     answer: Tokens
 
 
-class TokenizedPairs(NamedTuple):
+class TokenizedAnswers(NamedTuple):
     """Pairs as tokens: columns `prompt_ids`, `chosen_ids`, `rejected_ids` and `source`.
 
     Args:
@@ -46,7 +46,9 @@ class TokenizedPairs(NamedTuple):
         return [Answer(*both) for both in zip(self.rows["prompt_ids"], self.rows[column], strict=True)]
 
 
-def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, name: str) -> TokenizedPairs:
+def tokenize_answers(
+    pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, name: str
+) -> TokenizedAnswers:
     """Return `pairs` of conversations as tokens, at most `max_length` of prompt and answer together.
 
     Args:
@@ -66,10 +68,10 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_lengt
         raise SettingsError(
             f"{name}: every prompt is {max_length} tokens long or longer; raise max_length, or give shorter ones."
         )
-    return TokenizedPairs(Dataset.from_list(rows), len(pairs) - len(rows), num_cut)
+    return TokenizedAnswers(Dataset.from_list(rows), len(pairs) - len(rows), num_cut)
 
 
-def tell_lengths(pairs: TokenizedPairs, max_length: int, name: str, progress: Progress) -> None:
+def tell_lengths(pairs: TokenizedAnswers, max_length: int, name: str, progress: Progress) -> None:
     """Warn of pairs that were left out or cut."""
     if pairs.num_dropped or pairs.num_cut:
         progress.warn(

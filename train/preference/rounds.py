@@ -41,7 +41,7 @@ from .cards import write_card_or_warn
 from .dpo_arguments import IterativeDPOArguments
 from .dpo_sampling import Sampling, answer_text, sample_answers, tell_unfinished, with_room
 from .dpo_trainer import train_round
-from .log_probabilities import AnswerScorer, TokenizedPairs, tell_lengths, tokenize_pairs
+from .log_probabilities import AnswerScorer, TokenizedAnswers, tell_lengths, tokenize_answers
 from .policies import check_policy, load_policy, load_tokenizer
 from .processes import of_first_process
 from .references import make_reference, reference_coefficients, reference_folder
@@ -208,12 +208,12 @@ class Rounds:
         rows = Dataset.from_dict({f"ref_{side}_logps": values for side, values in scores.items()})
         self._written(path, lambda partial: write_rows(rows, partial))
 
-    def _scores(self, model: PreTrainedModel, pairs: TokenizedPairs) -> dict[str, list[float]]:
+    def _scores(self, model: PreTrainedModel, pairs: TokenizedAnswers) -> dict[str, list[float]]:
         return {side: self._scorer(model, pairs.answers(f"{side}_ids")) for side in ("chosen", "rejected")}
 
-    def _tokenized_pairs(self, number: int, tell: bool = False) -> TokenizedPairs:
+    def _tokenized_pairs(self, number: int, tell: bool = False) -> TokenizedAnswers:
         path = self._round(number) / "pairs.parquet"
-        pairs = tokenize_pairs(read_rows(path), self.tokenizer, self.training.max_length, str(path))
+        pairs = tokenize_answers(read_rows(path), self.tokenizer, self.training.max_length, str(path))
         if tell:
             tell_lengths(pairs, self.training.max_length, str(path), self.progress)
         return pairs
@@ -277,7 +277,7 @@ class Rounds:
         if of_first_process(path.is_file):
             return
         self._tell(number, "measuring the policy")
-        pairs = tokenize_pairs(self.pairs.evaluation, self.tokenizer, self.training.max_length, "eval_data")
+        pairs = tokenize_answers(self.pairs.evaluation, self.tokenizer, self.training.max_length, "eval_data")
         if number == 0:
             tell_lengths(pairs, self.training.max_length, "eval_data", self.progress)
         model = self._load(self.policy_folder(number))
