@@ -103,6 +103,9 @@ class CheckpointSeries:
         dtypes = [source.config.dtype for source in self.sources if source.config.dtype is not None]
         if dtypes:
             config.dtype = reduce(torch.promote_types, dtypes)
+        # Training sets it, so that a trained checkpoint has it and the one that it began with does not.
+        if any(getattr(source.config, "router_dtype", None) == "float32" for source in self.sources):
+            config.router_dtype = "float32"
         return config
 
     def _merged(self, name: str, coefficients: tuple[float, ...]) -> PlannedTensor:

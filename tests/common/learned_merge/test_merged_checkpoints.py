@@ -232,6 +232,14 @@ def test_what_only_training_reads_may_differ(dense_pair, moe_pair, tmp_path):
     assert len(_open(moe_pair[0], tuned).sources) == 2
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_converted_model_merges_with_a_trained_one_whose_routers_are_in_float32(moe_pair, order, tmp_path):
+    folders = [moe_pair[0], _with_config(moe_pair[1], tmp_path / "trained", router_dtype="float32")]
+    write_merged(_open(*(folders[index] for index in order)), {"model": [0.5, 0.5]}, tmp_path / "out")
+    assert load_config(str(moe_pair[0])).router_dtype is None
+    assert load_config(str(tmp_path / "out")).router_dtype == "float32"
+
+
 def test_a_classifier_is_merged_with_its_head_and_by_one_padding_token(tmp_path):
     folders = [tmp_path / str(seed) for seed in range(2)]
     for seed, folder in enumerate(folders):
