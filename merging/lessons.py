@@ -1,6 +1,5 @@
 """The data that coefficients are learned from."""
 
-import importlib.util
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from ..common.labelled_text import Block
 from ..common.settings import SettingsError
 from ..common.text_blocks import check_tokens, load_text_tokenizer, read_blocks
 from ..preference.pairs import read_pairs
-from ..preference.settings import PREFERENCE_EXTRA
+from ..preference.settings import check_trl
 from ..preference.template import conversation_ids, keep_padding
 from .settings import LearnSettings
 
@@ -49,8 +48,8 @@ def check_loss(source: CheckpointSource, settings: LearnSettings) -> None:
         )
     if loss != "bradley_terry" and is_classifier:
         raise SettingsError(f"{source.name}: loss={loss!r} needs a language model; choose bradley_terry.")
-    if loss != "lm" and importlib.util.find_spec("trl") is None:
-        raise SettingsError(f"loss={loss!r} needs trl; {PREFERENCE_EXTRA}.")
+    if loss != "lm":
+        check_trl(f"loss={loss!r}")
     if settings.reference is not None:
         _check_reference(source, settings.reference)
 

@@ -1,5 +1,6 @@
 """Which preference pairs are read, and how coefficients are learned; imports nothing heavy."""
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,16 @@ from ..common.settings import SettingsError
 
 
 PREFERENCE_EXTRA = "pip install 'upcycled-moe[preference]'"
+
+
+def check_trl(what: str) -> None:
+    """Check that trl is installed, without importing it; errors say that `what` needs it.
+
+    Raises:
+        SettingsError: if it is not.
+    """
+    if importlib.util.find_spec("trl") is None:
+        raise SettingsError(f"{what} needs trl, which is not installed: {PREFERENCE_EXTRA}.")
 
 
 @dataclass(frozen=True)

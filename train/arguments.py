@@ -352,11 +352,7 @@ def build_arguments(settings: dict[str, Any]) -> Arguments:
     if settings.get("max_steps", -1) < 1:
         raise SettingsError("max_steps is missing; streamed text has no known length, so say how many steps to train.")
     notes = [*_settle_evaluation(settings), *_settle_reports(settings)]
-    try:
-        return Arguments(*(build_group(group, settings) for group in groups), given=settings, notes=notes)
-    # Transformers' own checks raise these; to whoever wrote the settings they are all the same.
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise SettingsError(" ".join(str(error).split())) from error
+    return Arguments(*build_groups(groups, settings), given=settings, notes=notes)
 
 
 def _settle_evaluation(settings: dict[str, Any]) -> list[str]:
@@ -398,6 +394,19 @@ def _settle_reports(settings: dict[str, Any]) -> list[str]:
     # YAML reads a bare `no` as false.
     settings["report_to"] = "none" if reports == "no" else reports
     return []
+
+
+def build_groups(groups: Sequence[type], settings: Mapping[str, Any]) -> list[Any]:
+    """Return the groups of arguments that `settings` give, with defaults for those left out.
+
+    Raises:
+        SettingsError: where a check of theirs fails.
+    """
+    try:
+        return [build_group(group, settings) for group in groups]
+    # Checks of Transformers and trl raise these; to whoever wrote the settings they are all the same.
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise SettingsError(" ".join(str(error).split())) from error
 
 
 def build_group(group: type, settings: Mapping[str, Any]) -> Any:

@@ -6,8 +6,8 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ...common.settings import SettingsError
-from ...preference.settings import PREFERENCE_EXTRA
-from ..arguments import CheckpointArguments, build_group, help_text, read_settings, setting_types
+from ...preference.settings import check_trl
+from ..arguments import CheckpointArguments, build_group, build_groups, help_text, read_settings, setting_types
 from .dpo_checks import check_arguments, without_effect
 
 
@@ -213,12 +213,8 @@ def parse_arguments(argv: Sequence[str]) -> IterativeDPOArguments:
     Raises:
         SettingsError: at the first setting that is unknown, of the wrong type, missing, or impossible; or without trl.
     """
-    try:
-        from .dpo_training_arguments import DPOTrainingArguments
-    except ModuleNotFoundError as error:
-        if error.name != "trl":
-            raise
-        raise SettingsError(f"iterative DPO needs trl, which is not installed: {PREFERENCE_EXTRA}.") from None
+    check_trl("iterative DPO")
+    from .dpo_training_arguments import DPOTrainingArguments
 
     groups = (*GROUPS[:-1], DPOTrainingArguments)
     own = {setting.name for group in GROUPS for setting in fields(group)}
@@ -227,11 +223,7 @@ def parse_arguments(argv: Sequence[str]) -> IterativeDPOArguments:
     for name in ("model_name_or_path", "output_dir", "train_data", "eval_data"):
         if not given.get(name):
             raise SettingsError(f"{name} is missing; give it in the --config file or as {name}=...")
-    try:
-        arguments = IterativeDPOArguments(*(build_group(group, given) for group in groups), given=given)
-    # trl's and Transformers' own checks raise these; to whoever wrote the settings they are all the same.
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise SettingsError(" ".join(str(error).split())) from error
+    arguments = IterativeDPOArguments(*build_groups(groups, given), given=given)
     check_arguments(arguments)
     return arguments
 

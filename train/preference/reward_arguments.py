@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...common.settings import SettingsError
-from ...preference.settings import PREFERENCE_EXTRA
-from ..arguments import CheckpointArguments, build_group, help_text, read_settings, setting_types
+from ...preference.settings import check_trl
+from ..arguments import CheckpointArguments, build_group, build_groups, help_text, read_settings, setting_types
 
 
 if TYPE_CHECKING:
@@ -143,23 +143,13 @@ def parse_arguments(argv: Sequence[str]) -> RewardArguments:
     Raises:
         SettingsError: at the first setting that is unknown, of the wrong type, missing, or impossible; or without trl.
     """
-    try:
-        from .reward_training_arguments import RewardTrainingArguments
-    except ModuleNotFoundError as error:
-        if error.name != "trl":
-            raise
-        raise SettingsError(
-            f"Training a reward model needs trl, which is not installed: {PREFERENCE_EXTRA}."
-        ) from None
+    check_trl("Training a reward model")
+    from .reward_training_arguments import RewardTrainingArguments
 
     groups = (RewardModelArguments, PairArguments, RewardTrainingArguments)
     given = read_settings(argv, setting_types(groups))
     _check(given)
-    try:
-        return RewardArguments(*(build_group(group, given) for group in groups), given=given)
-    # trl's and Transformers' own checks raise these; to whoever wrote the settings they are all the same.
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise SettingsError(" ".join(str(error).split())) from error
+    return RewardArguments(*build_groups(groups, given), given=given)
 
 
 def _check(given: dict[str, Any]) -> None:
